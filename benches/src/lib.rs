@@ -1,0 +1,1 @@
+//! Benchmarks; results are under `benches/record`.

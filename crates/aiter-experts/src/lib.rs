@@ -1,0 +1,1 @@
+//! Stage 3: experts with AITER's fused-MoE contract on the host

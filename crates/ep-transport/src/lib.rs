@@ -1,0 +1,1 @@
+//! Ranks, symmetric heaps, puts and signals under the *-comm crates

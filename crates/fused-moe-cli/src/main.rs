@@ -1,0 +1,2 @@
+//! fmoe
+fn main() {}

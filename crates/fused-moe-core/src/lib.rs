@@ -1,0 +1,1 @@
+//! Vocabulary, stage traits, negotiation and composition of the fused-moe pipeline

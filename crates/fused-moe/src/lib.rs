@@ -1,0 +1,1 @@
+//! Composable expert-parallel fused MoE: the facade crate

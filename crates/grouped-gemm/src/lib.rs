@@ -1,0 +1,1 @@
+//! Host grouped GEMM over packed expert weights

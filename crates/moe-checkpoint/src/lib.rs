@@ -1,0 +1,1 @@
+//! Hugging Face MoE checkpoints, memory-mapped, one rank's experts at a time

@@ -1,0 +1,1 @@
+//! FP8 codecs and quantisers of the fused-moe pipeline
