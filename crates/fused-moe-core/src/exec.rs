@@ -1,0 +1,106 @@
+//! What a stage runs with: a stream and a lent piece of workspace.
+
+use crate::dtype::{DType, Device, Element};
+use crate::layout::{Layout, ViewError};
+use crate::tensor::{Allocation, TensorViewMut};
+
+/// The order in which device work happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Stream {
+    /// The calling thread; work is done when a call returns.
+    Host,
+    /// A stream of a device runtime, as its raw handle (`CUstream`, `hipStream_t`).
+    Device {
+        /// The device the stream belongs to.
+        device: Device,
+        /// The raw handle.
+        handle: u64,
+    },
+}
+
+/// Alignment in bytes of every piece that an [`Arena`] hands out.
+pub const ARENA_ALIGN: usize = 256;
+
+/// A lent byte range that a stage divides among its temporaries, front to back.
+///
+/// The same sequence of requests gives the same addresses in every call, which graph replay relies on.
+#[derive(Debug)]
+pub struct Arena<'a> {
+    rest: TensorViewMut<'a>,
+}
+
+impl<'a> Arena<'a> {
+    /// An arena over `memory`, a contiguous [`DType::U8`] tensor.
+    pub fn new(memory: TensorViewMut<'a>) -> Self {
+        Self { rest: memory }
+    }
+
+    /// Bytes that a request for `len` elements of `T` takes at most, alignment included.
+    pub const fn bytes_for<T>(len: usize) -> usize {
+        (len * size_of::<T>()).next_multiple_of(ARENA_ALIGN)
+    }
+
+    /// The whole arena again, for a shorter time.
+    pub fn reborrow(&mut self) -> Arena<'_> {
+        Arena { rest: self.rest.reborrow() }
+    }
+
+    /// Bytes that are left.
+    pub fn remaining(&self) -> usize {
+        self.rest.dims()[0]
+    }
+
+    /// Takes `len` elements from the front of a host arena. Their values are whatever was there.
+    ///
+    /// # Errors
+    /// [`ViewError::OutOfBounds`] if less is left: the backend asked for less in `workspace_bytes` than it uses.
+    pub fn take<T: Element>(&mut self, len: usize) -> Result<&'a mut [T], ViewError> {
+        let bytes = len * size_of::<T>();
+        let have = self.remaining();
+        let (base, device) = (self.rest.as_view().address(), self.rest.device());
+        let skip = base.next_multiple_of(align_of::<T>()) - base;
+        if bytes + skip > have {
+            return Err(ViewError::OutOfBounds {
+                dims: vec![len],
+                strides: vec![1],
+                offset: 0,
+                end: bytes + skip,
+                len: have,
+            });
+        }
+        if device.kind != crate::dtype::DeviceKind::Host {
+            return Err(ViewError::NotHost { device });
+        }
+        let used = (bytes + skip).next_multiple_of(ARENA_ALIGN).min(have);
+        let start = base as *mut u8;
+        let rest = Allocation {
+            base: start.wrapping_add(used),
+            bytes: have - used,
+            dtype: DType::U8,
+            device: Device::HOST,
+        };
+        // SAFETY: `rest` is the tail of the exclusively borrowed range; the head is given away below, so the two
+        // never overlap.
+        self.rest = unsafe { TensorViewMut::from_allocation(rest, Layout::contiguous(&[have - used]))? };
+        // SAFETY: `[skip, skip + bytes)` lies inside the range that was exclusively borrowed for `'a`, is
+        // aligned for `T`, is no longer part of `self.rest`, and any bit pattern is a `T` (`Element`).
+        Ok(unsafe { std::slice::from_raw_parts_mut(start.wrapping_add(skip).cast(), len) })
+    }
+}
+
+/// What a stage runs with.
+#[derive(Debug)]
+pub struct ExecCx<'a> {
+    /// Where device work is enqueued.
+    pub stream: Stream,
+    /// Memory for temporaries, at least as large as the stage's `workspace_bytes`.
+    pub workspace: Arena<'a>,
+}
+
+impl ExecCx<'_> {
+    /// The same context for a shorter time, with all of its workspace.
+    pub fn reborrow(&mut self) -> ExecCx<'_> {
+        ExecCx { stream: self.stream, workspace: self.workspace.reborrow() }
+    }
+}
