@@ -99,7 +99,8 @@ def codec_vectors(seed):
                               3.4028235e38, -3.4028235e38, 464, 480, 248, 1, 17, 18, 240])
         x = np.concatenate([special, near, -near, log_uniform, bits]).astype(np.float32)
         clamped = np.where(np.isnan(x), x, np.clip(x, -top, top)).astype(np.float32)
-        codes = clamped.astype(ml_type).view(np.uint8)
+        with np.errstate(invalid="ignore"):
+            codes = clamped.astype(ml_type).view(np.uint8)
         torch_codes = torch.from_numpy(clamped).to(torch_type).view(torch.uint8).numpy()
         number = ~np.isnan(x)
         assert np.array_equal(codes[number], torch_codes[number]), name
