@@ -1,0 +1,149 @@
+//! The memory behind one rank's part of a heap.
+
+use std::ptr::NonNull;
+use std::sync::atomic::AtomicU64;
+
+use crate::symmetric::{HeapSize, SymOffset, SymWord};
+
+/// From this size on the kernel is asked for huge pages, in bytes.
+#[cfg(target_os = "linux")]
+const HUGE_PAGE: usize = 2 << 20;
+
+/// Zeroed memory for one [`HeapSize`]: payload from the start, words behind it.
+#[derive(Debug)]
+pub(crate) struct Segment {
+    start: NonNull<u8>,
+    size: HeapSize,
+    words_start: usize,
+}
+
+// SAFETY: a segment is memory without an owner thread; words are accessed atomically only, and who accesses which
+// payload is settled by the unsafe operations of `Heap`.
+unsafe impl Send for Segment {}
+// SAFETY: as above; no method writes payload through `&self`.
+unsafe impl Sync for Segment {}
+
+impl Segment {
+    /// Allocates zeroed memory, `None` if there is none. Pages are not touched: untouched ones cost nothing.
+    pub(crate) fn allocate(size: HeapSize) -> Option<Self> {
+        let bytes = size.required_bytes();
+        let words_start = size.words_start()?;
+        // No object may be larger than `isize::MAX` bytes; pointer arithmetic relies on it.
+        if bytes > isize::MAX as usize {
+            return None;
+        }
+        Some(Self { start: map_zeroed(bytes)?, size, words_start })
+    }
+
+    pub(crate) fn size(&self) -> HeapSize {
+        self.size
+    }
+
+    /// The start of a payload range; `None` if the range leaves the payload.
+    pub(crate) fn payload(&self, offset: SymOffset, len: usize) -> Option<NonNull<u8>> {
+        let end = offset.0.checked_add(len)?;
+        if end > self.size.bytes {
+            return None;
+        }
+        // SAFETY: the offset is at most the size of the payload, which lies within the allocation.
+        Some(unsafe { self.start.add(offset.0) })
+    }
+
+    /// A word; `None` if there is no such word.
+    pub(crate) fn word(&self, word: SymWord) -> Option<&AtomicU64> {
+        if word.0 >= self.size.words {
+            return None;
+        }
+        // SAFETY: word `i` lies 8·i bytes behind `words_start`, within the allocation and 8-aligned because both
+        // summands are; the memory is initialised (zeroed) and nothing but this function gives access to words.
+        Some(unsafe { self.start.add(self.words_start + 8 * word.0).cast::<AtomicU64>().as_ref() })
+    }
+}
+
+impl Drop for Segment {
+    fn drop(&mut self) {
+        // SAFETY: `start` came from `map_zeroed` with this very size, and no reference into the segment outlives
+        // the heap handles that keep it.
+        unsafe { unmap(self.start, self.size.required_bytes()) }
+    }
+}
+
+#[cfg(unix)]
+fn map_zeroed(bytes: usize) -> Option<NonNull<u8>> {
+    use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
+
+    // SAFETY: a fresh private mapping at an address of the kernel's choice touches no existing memory.
+    let start = unsafe {
+        mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)
+    };
+    let start = NonNull::new(start.ok()?.cast::<u8>())?;
+    #[cfg(target_os = "linux")]
+    if bytes >= HUGE_PAGE {
+        // SAFETY: the range is the mapping just made. The advice changes no contents; a kernel without huge pages
+        // refuses it, and then nothing is lost but speed.
+        let _ =
+            unsafe { rustix::mm::madvise(start.as_ptr().cast(), bytes, rustix::mm::Advice::LinuxHugepage) };
+    }
+    Some(start)
+}
+
+#[cfg(unix)]
+unsafe fn unmap(start: NonNull<u8>, bytes: usize) {
+    // SAFETY: the caller hands over a whole mapping of `map_zeroed` that no one uses any more.
+    let _ = unsafe { rustix::mm::munmap(start.as_ptr().cast(), bytes) };
+}
+
+#[cfg(not(unix))]
+fn layout(bytes: usize) -> Option<std::alloc::Layout> {
+    std::alloc::Layout::from_size_align(bytes, crate::symmetric::HEAP_ALIGN).ok()
+}
+
+#[cfg(not(unix))]
+fn map_zeroed(bytes: usize) -> Option<NonNull<u8>> {
+    // SAFETY: `required_bytes` is never zero.
+    NonNull::new(unsafe { std::alloc::alloc_zeroed(layout(bytes)?) })
+}
+
+#[cfg(not(unix))]
+unsafe fn unmap(start: NonNull<u8>, bytes: usize) {
+    if let Some(layout) = layout(bytes) {
+        // SAFETY: the caller hands over an allocation of `map_zeroed`, made with this layout.
+        unsafe { std::alloc::dealloc(start.as_ptr(), layout) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+    use crate::symmetric::HEAP_ALIGN;
+
+    #[rstest]
+    #[case(0, 0)]
+    #[case(1, 1)]
+    #[case(5000, 3)]
+    #[case(3 << 20, 100)]
+    fn memory_is_zeroed_aligned_and_bounded(#[case] bytes: usize, #[case] words: usize) {
+        let segment = Segment::allocate(HeapSize { bytes, words }).unwrap();
+        let start = segment.payload(SymOffset(0), bytes).unwrap();
+        assert_eq!(start.as_ptr() as usize % HEAP_ALIGN, 0);
+        // SAFETY: the range was checked, and this test is alone with the segment.
+        assert!(unsafe { std::slice::from_raw_parts(start.as_ptr(), bytes) }.iter().all(|&b| b == 0));
+        assert_eq!(segment.payload(SymOffset(bytes), 1), None);
+        assert_eq!(segment.payload(SymOffset(1), usize::MAX), None);
+        for word in 0..words {
+            let word = segment.word(SymWord(word)).unwrap();
+            assert_eq!(word.fetch_add(1, std::sync::atomic::Ordering::Relaxed), 0);
+        }
+        assert!(segment.word(SymWord(words)).is_none());
+        assert!(segment.word(SymWord(usize::MAX)).is_none());
+    }
+
+    #[test]
+    fn what_cannot_be_had_is_refused() {
+        assert!(Segment::allocate(HeapSize { bytes: usize::MAX, words: 0 }).is_none());
+        assert!(Segment::allocate(HeapSize { bytes: isize::MAX as usize, words: 8 }).is_none());
+        assert!(Segment::allocate(HeapSize { bytes: 0, words: usize::MAX }).is_none());
+    }
+}

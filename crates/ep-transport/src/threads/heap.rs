@@ -1,0 +1,159 @@
+//! The heap of a group of threads: every operation is a load, a store or a copy.
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering, fence};
+
+use fused_moe_core::Rank;
+
+use super::group::Member;
+use crate::deadline::Deadline;
+use crate::error::{Awaited, Result, Silence, TransportError};
+use crate::heap::{Heap, Payload, Signal, Until};
+use crate::segment::Segment;
+use crate::symmetric::{HeapSize, SymOffset, SymWord};
+use crate::traffic::Distance;
+
+/// A heap as one rank of a group of threads sees it.
+pub(super) struct ThreadHeap {
+    member: Arc<Member>,
+    size: HeapSize,
+    /// One per rank, each kept alive by every handle: a peer's late put never hits unmapped memory.
+    segments: Box<[Arc<Segment>]>,
+}
+
+impl ThreadHeap {
+    pub(super) fn new(member: Arc<Member>, size: HeapSize, segments: Box<[Arc<Segment>]>) -> Self {
+        debug_assert!(segments.iter().all(|segment| segment.size() == size));
+        Self { member, size, segments }
+    }
+
+    fn segment(&self, rank: Rank) -> Result<&Segment> {
+        let world_size = self.segments.len();
+        let segment = self.segments.get(rank.index()).map(Arc::as_ref);
+        segment.ok_or(TransportError::NoSuchRank { rank, world_size })
+    }
+
+    fn word(&self, of: Rank, word: SymWord) -> Result<&AtomicU64> {
+        self.segment(of)?.word(word).ok_or(TransportError::NoSuchWord { word, size: self.size })
+    }
+
+    fn payload(&self, of: Rank, offset: SymOffset, len: usize) -> Result<NonNull<u8>> {
+        let start = self.segment(of)?.payload(offset, len);
+        start.ok_or(TransportError::OutOfBounds { offset, len, size: self.size })
+    }
+
+    /// Stores a signal in a word of `to` and wakes `to` if it sleeps.
+    fn set(&self, to: Rank, word: &AtomicU64, value: u64) -> Result<()> {
+        drain_streaming_stores();
+        word.store(value, Ordering::Release);
+        self.notify(to)
+    }
+
+    fn notify(&self, to: Rank) -> Result<()> {
+        self.member.group.seat(to)?.doorbell.ring();
+        self.member.traffic.count_signal(self.member.distance(to));
+        Ok(())
+    }
+}
+
+/// Orders the non-temporal stores of this thread before its next store. They are exempt from the ordering that
+/// x86 gives to all other stores, and from what a release store means.
+fn drain_streaming_stores() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the instruction is part of SSE, which every x86-64 has, and touches no memory.
+    unsafe {
+        std::arch::x86_64::_mm_sfence();
+    }
+}
+
+impl Heap for ThreadHeap {
+    fn rank(&self) -> Rank {
+        self.member.rank
+    }
+
+    fn size(&self) -> HeapSize {
+        self.size
+    }
+
+    unsafe fn put_nbi(&self, to: Rank, payload: Payload<'_>) -> Result<()> {
+        let Payload { offset, bytes } = payload;
+        let target = self.payload(to, offset, bytes.len())?;
+        // SAFETY: `payload` has checked the target range; the caller promises that the source does not overlap it
+        // and that no one else touches it.
+        unsafe { target.as_ptr().copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+        self.member.traffic.count_payload(self.member.distance(to), bytes.len());
+        Ok(())
+    }
+
+    unsafe fn put_signal(&self, to: Rank, payload: Payload<'_>, signal: Signal) -> Result<()> {
+        let word = self.word(to, signal.word)?;
+        // SAFETY: the caller makes the promises of `put_nbi`.
+        unsafe { self.put_nbi(to, payload)? };
+        self.set(to, word, signal.value)
+    }
+
+    fn signal_set(&self, to: Rank, signal: Signal) -> Result<()> {
+        let word = self.word(to, signal.word)?;
+        self.set(to, word, signal.value)
+    }
+
+    fn signal_wait_until(&self, word: SymWord, until: Until, from: Rank, deadline: Deadline) -> Result<u64> {
+        let value = self.word(self.member.rank, word)?;
+        let group = &self.member.group;
+        let setter = group.seat(from)?;
+        let look = || Some(value.load(Ordering::Acquire)).filter(|&value| until.holds(value));
+        let outcome = self.member.seat().doorbell.wait(group.spin, deadline, || match look() {
+            Some(value) => Some(Ok(value)),
+            // It may have set the signal and left between the two looks, so look again.
+            None if setter.has_departed() => Some(look().ok_or(Silence::Departed)),
+            None => None,
+        });
+        outcome.unwrap_or(Err(Silence::Deadline)).map_err(|silence| {
+            let last_seen = value.load(Ordering::Relaxed);
+            let awaited = Awaited::Signal { word, until, last_seen };
+            TransportError::PeerLost { rank: from, awaited, silence }
+        })
+    }
+
+    fn signal_read(&self, word: SymWord) -> Result<u64> {
+        Ok(self.word(self.member.rank, word)?.load(Ordering::Acquire))
+    }
+
+    fn atomic_fetch_add(&self, to: Rank, word: SymWord, n: u64) -> Result<u64> {
+        let counter = self.word(to, word)?;
+        if self.member.distance(to) == Distance::OtherNode {
+            return Err(TransportError::OtherNode { rank: to });
+        }
+        drain_streaming_stores();
+        let before = counter.fetch_add(n, Ordering::AcqRel);
+        self.notify(to)?;
+        Ok(before)
+    }
+
+    fn fence(&self) {
+        drain_streaming_stores();
+        fence(Ordering::Release);
+    }
+
+    fn quiet(&self, _deadline: Deadline) -> Result<()> {
+        drain_streaming_stores();
+        fence(Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn peer_ptr(&self, of: Rank, offset: SymOffset, len: usize) -> Result<Option<NonNull<u8>>> {
+        let start = self.payload(of, offset, len)?;
+        Ok(Some(start).filter(|_| self.member.distance(of) != Distance::OtherNode))
+    }
+
+    fn local_ptr(&self, offset: SymOffset, len: usize) -> Result<NonNull<u8>> {
+        self.payload(self.member.rank, offset, len)
+    }
+
+    fn count_direct(&self, with: Rank, bytes: usize) {
+        if with.index() < self.segments.len() {
+            self.member.traffic.count_payload(self.member.distance(with), bytes);
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! A rank's membership in a group, and what the group does together.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use fused_moe_core::Rank;
+
+use crate::deadline::Deadline;
+use crate::error::Result;
+use crate::heap::Heap;
+use crate::symmetric::HeapSize;
+use crate::traffic::Traffic;
+
+/// The operations that all ranks call together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Collective {
+    /// [`Transport::all_gather`].
+    AllGather,
+    /// [`Transport::barrier`].
+    Barrier,
+    /// [`Transport::allocate`].
+    Allocate,
+}
+
+impl std::fmt::Display for Collective {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Collective::AllGather => "all-gather",
+            Collective::Barrier => "barrier",
+            Collective::Allocate => "allocate",
+        })
+    }
+}
+
+/// One rank's end of a group: who it is, the collectives, and the memory it shares.
+///
+/// Collectives are for building handles, not for the rounds of a layer; those go over a [`Heap`]. All ranks call
+/// them in the same order, one at a time. A rank that gives up on one (its deadline passed, a peer left) is
+/// out of step with the others for good: from then on every collective of the group ends in
+/// [`TransportError::PeerLost`](crate::TransportError::PeerLost), at once. Heaps that exist go on working.
+///
+/// Ranks are numbered node by node: the first [`ranks_per_node`](Transport::ranks_per_node) are on node 0.
+pub trait Transport: Send + Sync {
+    /// This rank.
+    fn rank(&self) -> Rank;
+
+    /// Ranks in the group.
+    fn world_size(&self) -> usize;
+
+    /// Ranks on each node, a divisor of the world size. Inside a node ranks reach each other's memory directly.
+    fn ranks_per_node(&self) -> usize;
+
+    /// The time that a wait gets where the caller has no better idea.
+    fn timeout(&self) -> Duration;
+
+    /// Gives `mine` to every rank and returns what all of them gave, in rank order. Collective; the lengths may
+    /// differ. Everything that a rank wrote before is visible to all after.
+    ///
+    /// # Errors
+    /// [`PeerLost`](crate::TransportError::PeerLost) if a rank does not take part by the deadline,
+    /// [`Mismatch`](crate::TransportError::Mismatch) if ranks are in different collectives,
+    /// [`Overlapping`](crate::TransportError::Overlapping) if this rank is in one already.
+    fn all_gather(&self, mine: &[u8], deadline: Deadline) -> Result<Vec<Vec<u8>>>;
+
+    /// Waits until every rank is here. Collective. Everything that a rank wrote before is visible to all after.
+    ///
+    /// # Errors
+    /// As [`all_gather`](Transport::all_gather).
+    fn barrier(&self, deadline: Deadline) -> Result<()>;
+
+    /// Allocates a heap of `size` on every rank, all bytes and words zero. Collective; returns when the memory
+    /// of every rank is ready to be written by every other. The memory of a rank lives as long as any rank holds
+    /// the heap.
+    ///
+    /// # Errors
+    /// As [`all_gather`](Transport::all_gather); [`Mismatch`](crate::TransportError::Mismatch) on all ranks if
+    /// the sizes differ, [`OutOfMemory`](crate::TransportError::OutOfMemory) on all ranks if one cannot allocate.
+    fn allocate(&self, size: HeapSize, deadline: Deadline) -> Result<Arc<dyn Heap>>;
+
+    /// What this rank has moved over all its heaps so far.
+    fn traffic(&self) -> Traffic;
+
+    /// The node of `rank`.
+    fn node_of(&self, rank: Rank) -> usize {
+        rank.index() / self.ranks_per_node()
+    }
+
+    /// The deadline [`timeout`](Transport::timeout) from now.
+    fn deadline(&self) -> Deadline {
+        Deadline::after(self.timeout())
+    }
+}
