@@ -1,0 +1,72 @@
+//! `route` allocates nothing, whatever the method, for 1024 experts.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+
+use fused_moe_core::{
+    Arena, DType, ExecCx, ExpertGroups, Router, RoutingConfig, RoutingMethod, Stream, TensorView,
+    TensorViewMut, TopKMut,
+};
+use router::HostRouter;
+
+thread_local! {
+    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
+}
+
+struct Counting;
+
+// SAFETY: every call is forwarded to the system's allocator as it is; counting does not allocate.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.with(|n| n.set(n.get() + 1));
+        // SAFETY: the caller's promise is passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+#[test]
+fn route_allocates_nothing() {
+    const TOKENS: usize = 5;
+    const EXPERTS: usize = 1024;
+    const TOP_K: usize = 32;
+    let logits: Vec<f32> = (0..TOKENS * EXPERTS).map(|i| (i * 7919 % 1013) as f32 / 100.0).collect();
+    for (method, n_group) in [
+        (RoutingMethod::Default, None),
+        (RoutingMethod::Renormalize, None),
+        (RoutingMethod::RenormalizeNaive, None),
+        (RoutingMethod::GroupLimitedSoftmax, Some(EXPERTS)),
+        (RoutingMethod::DeepSeekV3, Some(EXPERTS / 2)),
+    ] {
+        let router = HostRouter::new(RoutingConfig {
+            method,
+            num_experts: EXPERTS,
+            top_k: TOP_K,
+            groups: n_group.map(|n_group| ExpertGroups { n_group, topk_group: n_group }),
+            renormalize: true,
+            routed_scaling_factor: 2.5,
+            correction_bias: (method == RoutingMethod::DeepSeekV3).then(|| vec![0.25; EXPERTS]),
+        })
+        .unwrap();
+        let (mut ids, mut weights) = (vec![0; TOKENS * TOP_K], vec![0.0; TOKENS * TOP_K]);
+        let dims = [TOKENS, TOP_K];
+        let out = TopKMut {
+            ids: TensorViewMut::from_slice(&mut ids, DType::I32, &dims).unwrap(),
+            weights: TensorViewMut::from_slice(&mut weights, DType::F32, &dims).unwrap(),
+        };
+        let mut nothing = [0u8; 0];
+        let workspace = Arena::new(TensorViewMut::from_slice(&mut nothing, DType::U8, &[0]).unwrap());
+        let mut cx = ExecCx { stream: Stream::Host, workspace };
+        let view = TensorView::from_slice(&logits, DType::F32, &[TOKENS, EXPERTS]).unwrap();
+        let before = ALLOCATIONS.with(Cell::get);
+        router.route(&mut cx, view, out).unwrap();
+        assert_eq!(ALLOCATIONS.with(Cell::get), before, "{method}");
+    }
+}
