@@ -49,16 +49,7 @@ pub enum ErrorKind {
         round: u64,
     },
     /// The ranks of a group were built differently.
-    Mismatch {
-        /// Name of the differing field.
-        field: String,
-        /// This rank's value.
-        mine: String,
-        /// The other rank's value.
-        theirs: String,
-        /// The other rank.
-        rank: Rank,
-    },
+    Mismatch(Box<Mismatch>),
     /// Memory could not be had.
     OutOfMemory {
         /// Bytes asked for.
@@ -78,13 +69,31 @@ impl std::fmt::Display for ErrorKind {
             ErrorKind::PeerLost { rank, round } => {
                 write!(f, "{rank} did not answer by the deadline in round {round}")
             }
-            ErrorKind::Mismatch { field, mine, theirs, rank } => {
-                write!(f, "{field} differs between ranks: {mine} here, {theirs} on {rank}")
-            }
+            ErrorKind::Mismatch(mismatch) => mismatch.fmt(f),
             ErrorKind::OutOfMemory { bytes } => write!(f, "{bytes} bytes of memory could not be had"),
             ErrorKind::Contract => f.write_str("the caller broke the contract"),
             ErrorKind::Other => f.write_str("failed"),
         }
+    }
+}
+
+/// A field in which the ranks of a group differ.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mismatch {
+    /// Name of the field.
+    pub field: String,
+    /// This rank's value.
+    pub mine: String,
+    /// The other rank's value.
+    pub theirs: String,
+    /// The other rank.
+    pub rank: Rank,
+}
+
+impl std::fmt::Display for Mismatch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Mismatch { field, mine, theirs, rank } = self;
+        write!(f, "{field} differs between ranks: {mine} here, {theirs} on {rank}")
     }
 }
 

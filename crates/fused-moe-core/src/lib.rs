@@ -1,28 +1,119 @@
-//! wip
+//! The seam of an expert-parallel fused MoE layer: vocabulary, stage traits, negotiation, composition.
+//!
+//! ```text
+//!            stage 1          stage 2               stage 3           stage 4
+//! logits ─▶ [Router] ─▶ [Quantize-Dispatch] ─▶ [Experts] ─▶ [Combine] ─▶ output
+//!                        └──── PrepareAndFinalize*  ─────────────┘
+//!                                              Experts*
+//! ```
+//!
+//! A layer is a *prepare/finalize* backend (stages 2 and 4: it owns the wire) and an *experts* backend (stage 3),
+//! made by providers in a [`Registry`]. Both publish capabilities as data; [`negotiate`] turns two of them into a
+//! [`Plan`] or into every reason why they do not fit, before anything is allocated. [`FusedMoEKernel`] runs a plan.
+//!
+//! ```
+//! use fused_moe_core::*;
+//!
+//! let config = MoeConfig {
+//!     hidden: 7168,
+//!     intermediate: 2048,
+//!     top_k: 8,
+//!     max_tokens_per_rank: 128,
+//!     in_dtype: DType::Bf16,
+//!     quant: QuantScheme::Fp8Block(Fp8Format::E4M3Fn),
+//!     activation: Activation::Silu,
+//!     apply_router_weight_on_input: false,
+//!     routing: None,
+//!     placement: ExpertPlacement::linear(256, 8)?,
+//!     ranks_per_node: 8,
+//!     device: DeviceKind::Host,
+//! };
+//! let quantized = config.quant.quantized_wire(config.in_dtype);
+//! let comm = PrepareCaps::host("bf16-only", KernelKind::Modular, vec![WireFormat::unquantized(DType::Bf16)], 1024);
+//! let experts = ExpertsCaps::host("fp8-only", vec![quantized]);
+//! let reasons = negotiate(&config, &comm, &experts).unwrap_err();
+//! assert_eq!(
+//!     reasons[0].to_string(),
+//!     "quantisation: needs wire fp8_e4m3fn + dynamic f32 scale per 1x128, found bf16"
+//! );
+//! # Ok::<(), PlacementError>(())
+//! ```
+//!
+//! What this crate does not do: it holds no backend, no device code and no transport, reads no environment, and
+//! allocates no tensor except the workspaces of a built kernel.
+
+#![deny(unsafe_code)]
+
+mod config;
 mod dtype;
 mod error;
+#[allow(unsafe_code)] // Hands out pieces of a lent range.
 mod exec;
+mod experts;
+mod factory;
 mod fault;
 mod group;
+mod kernel;
+mod kind;
 mod layout;
+mod negotiate;
 mod placement;
+mod prepare_finalize;
+mod provider;
 mod quantization;
+mod reduce;
 mod router;
 mod routing;
+#[allow(unsafe_code)] // Views are addresses; their safety is argued there.
 mod tensor;
+mod ticket;
+mod validate;
+#[allow(unsafe_code)] // Views of its own allocation.
+mod workspace;
 
 pub use dtype::{DType, Device, DeviceKind, Element};
-pub use error::{Error, ErrorKind, Result, Source, Stage};
-pub use exec::{ARENA_ALIGN, Arena, ExecCx, Stream};
-pub use fault::Fault;
-pub use group::{ProcessGroup, SingleRank};
 pub use layout::{Layout, MAX_DIMS, ViewError};
+pub use tensor::{Allocation, Lease, TensorView, TensorViewMut};
+
+pub use config::{Activation, MoeConfig};
 pub use placement::{
     ExpertMap, ExpertMask, ExpertPlacement, GlobalExpertId, LocalExpertId, NO_EXPERT, PlacementError, Rank,
 };
 pub use quantization::{
     BLOCK, Fp8Format, Granularity, QuantScheme, ScaleLayout, ScaleOrder, ScaleSource, WireFormat,
 };
-pub use router::{Router, TopK, TopKMut};
 pub use routing::{ExpertGroups, RoutingConfig, RoutingMethod};
-pub use tensor::{Allocation, Lease, TensorView, TensorViewMut};
+
+pub use error::{Error, ErrorKind, Mismatch, Result, Source, Stage};
+pub use fault::Fault;
+pub use group::{ProcessGroup, SingleRank};
+
+pub use exec::{ARENA_ALIGN, Arena, ExecCx, Stream};
+pub use router::{Router, TopK, TopKMut};
+pub use ticket::{Outstanding, Routed, Routing, Sent, TicketLedger, phase};
+
+pub use prepare_finalize::{
+    Arrived, Dispatched, DispatchedMonolithic, ExpertOut, MonolithicInput, PrepareAndFinalizeModular,
+    PrepareAndFinalizeMonolithic, PrepareInput, ReceivedRows, TokensPerExpert,
+};
+
+pub use experts::{
+    ExpertMatrices, ExpertWeights, ExpertsModular, ExpertsMonolithic, WeightMatrix, WeightScale,
+};
+pub use reduce::{Contiguous, Delegate, NaiveBatched, NoOp, ReduceError, ReduceInput, TopKWeightAndReduce};
+
+pub use negotiate::{
+    ActivationFormat, Axis, CombineKind, ExpertsCaps, KernelKind, Plan, PrepareCaps, RouterWeight, Support,
+    Unsupported, negotiate,
+};
+pub use provider::{
+    Experts, ExpertsProvider, PrepareFinalize, PrepareFinalizeProvider, WireBytes, check_expert_count,
+};
+
+pub use factory::{MakeError, RefusedPair, Registry, Selection, Survey, maybe_make_prepare_finalize};
+pub use kernel::{
+    Call, ComposedKernel, FusedMoEKernel, KernelBytes, ModularKernel, MonolithicKernel, Overlap, OverlapFn,
+    StageTimes,
+};
+pub use kind::{Logits, Modular, Monolithic};
+pub use workspace::Workspace;
