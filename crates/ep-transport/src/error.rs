@@ -1,6 +1,6 @@
 //! What can go wrong between ranks.
 
-use fused_moe_core::{Error, ErrorKind, Rank, Stage};
+use fused_moe_core::{Error, ErrorKind, Mismatch, Rank, Stage};
 
 use crate::heap::Until;
 use crate::symmetric::{HeapSize, SymOffset, SymWord};
@@ -161,12 +161,10 @@ impl TransportError {
     pub fn into_core(self, stage: Stage, backend: &'static str, round: u64) -> Error {
         let kind = match &self {
             TransportError::PeerLost { rank, .. } => ErrorKind::PeerLost { rank: *rank, round },
-            TransportError::Mismatch { field, mine, theirs, rank } => ErrorKind::Mismatch {
-                field: (*field).to_owned(),
-                mine: mine.clone(),
-                theirs: theirs.clone(),
-                rank: *rank,
-            },
+            TransportError::Mismatch { field, mine, theirs, rank } => {
+                let (field, mine, theirs) = ((*field).to_owned(), mine.clone(), theirs.clone());
+                ErrorKind::Mismatch(Box::new(Mismatch { field, mine, theirs, rank: *rank }))
+            }
             TransportError::OutOfMemory { bytes, .. } => ErrorKind::OutOfMemory { bytes: *bytes },
             TransportError::OutOfBounds { .. }
             | TransportError::NoSuchWord { .. }

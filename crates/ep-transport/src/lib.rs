@@ -46,6 +46,7 @@ mod endpoint;
 mod error;
 mod heap;
 mod segment;
+mod status;
 mod symmetric;
 mod threads;
 mod traffic;
@@ -59,6 +60,7 @@ pub use symmetric::{HEAP_ALIGN, HeapLayout, HeapSize, REGION_ALIGN, SymOffset, S
 pub use deadline::Deadline;
 pub use error::{Awaited, Result, Silence, TransportError};
 pub use heap::{Heap, Payload, Signal, Until};
+pub use status::{Status, StatusBoard};
 pub use traffic::Traffic;
 
 pub use threads::{ThreadGroup, ThreadOptions, ThreadRank, run_ranks};
