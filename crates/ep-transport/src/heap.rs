@@ -75,7 +75,12 @@ pub struct Signal {
 ///   completed; the source of a put must not change before that.
 /// - [`atomic_fetch_add`](Heap::atomic_fetch_add) acquires and releases.
 /// - Puts and signals of two ranks, or to two ranks, have no order between them.
-pub trait Heap: Send + Sync {
+///
+/// # Safety
+/// An implementation keeps the ordering above. The pointers of [`local_ptr`](Heap::local_ptr) and
+/// [`peer_ptr`](Heap::peer_ptr) are valid for reads and writes of the checked range, which is initialised, for as
+/// long as the handle lives, and the payload is aligned to [`HEAP_ALIGN`](crate::HEAP_ALIGN).
+pub unsafe trait Heap: Send + Sync {
     /// This rank.
     fn rank(&self) -> Rank;
 
@@ -129,7 +134,7 @@ pub trait Heap: Send + Sync {
     /// [`NoSuchWord`](crate::TransportError::NoSuchWord).
     fn atomic_fetch_add(&self, to: Rank, word: SymWord, n: u64) -> Result<u64>;
 
-    /// Orders this thread's earlier puts before its later puts and signals, rank by rank.
+    /// Orders this thread's earlier puts and signals before its later ones, rank by rank.
     fn fence(&self);
 
     /// Waits until all earlier puts and signals of this rank have completed at their destinations.

@@ -140,7 +140,8 @@ mod tests {
             let me = transport.rank();
             for round in 1..=500u64 {
                 // Ranks 2 and 4 fail in some rounds; the lowest is the one that counts.
-                let fails = |rank: Rank| rank.0 % 2 == 0 && rank.0 > 0 && round % u64::from(rank.0) == 1;
+                let fails =
+                    |rank: Rank| rank.0.is_multiple_of(2) && rank.0 > 0 && round % u64::from(rank.0) == 1;
                 let fault =
                     |rank: Rank| Fault::ExpertIdOutOfRange { token: rank.0, slot: round as u32, id: -7 };
                 for to in (0..5).map(Rank) {

@@ -67,7 +67,9 @@ fn drain_streaming_stores() {
     }
 }
 
-impl Heap for ThreadHeap {
+// SAFETY: signals are release stores and acquire loads, with non-temporal stores drained before, and puts are
+// complete when they return; pointers come from segments, which check the range and live as long as the handle.
+unsafe impl Heap for ThreadHeap {
     fn rank(&self) -> Rank {
         self.member.rank
     }

@@ -193,3 +193,39 @@ fn agreed_segments(size: HeapSize, gathered: Vec<Posting>) -> Result<Box<[Arc<Se
     });
     segments.collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::threads::{ThreadGroup, ThreadOptions};
+
+    /// Allocates on both ranks of a group and returns the outcomes and the segments still held by postings.
+    fn allocate(sizes: [usize; 2]) -> (Vec<Result<Arc<dyn Heap>>>, usize) {
+        let ranks = ThreadGroup::new(2, ThreadOptions::default()).unwrap();
+        let outcomes = std::thread::scope(|scope| {
+            let threads = ranks.iter().zip(sizes).map(|(rank, bytes)| {
+                scope.spawn(move || rank.allocate(HeapSize { bytes, words: 1 }, rank.deadline()))
+            });
+            let threads: Vec<_> = threads.collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        let seats = &ranks[0].member.group.seats;
+        let postings = seats.iter().flat_map(|seat| &seat.postings);
+        let held = postings.filter(|posting| posting.lock().unwrap().iter().any(|p| p.segment.is_some()));
+        (outcomes, held.count())
+    }
+
+    #[test]
+    fn only_the_handles_keep_the_memory_of_a_heap() {
+        let (outcomes, held) = allocate([100, 100]);
+        assert!(outcomes.iter().all(Result::is_ok));
+        assert_eq!(held, 0);
+    }
+
+    #[test]
+    fn a_refused_heap_keeps_no_memory() {
+        let (outcomes, held) = allocate([100, 101]);
+        assert!(outcomes.iter().all(Result::is_err));
+        assert_eq!(held, 0);
+    }
+}
