@@ -1,0 +1,220 @@
+//! One task: pack the rows, multiply panel by panel, hand the results to the sink.
+
+use std::ops::Range;
+
+use crate::activations::PairRange;
+use crate::aligned::floats;
+use crate::epilogue::{RowFactors, join_gate_up};
+use crate::kernel::{BlockScales, Kernel, TILE_ROWS, Tile};
+use crate::panel::{BLOCK_PAIRS, PANEL, PanelPairs};
+use crate::sink::RowSink;
+use crate::tasks::{CHUNK_ROWS, SUM_PANELS, Task};
+use crate::weights::PackedWeight;
+use crate::{Epilogue, GroupedGemm};
+
+/// K pairs for which a full chunk of rows is packed at once. The rows (192 KiB), the panel that they
+/// meet (128 KiB) and the sums (96 KiB) share an L2 of 1 MiB.
+const CHUNK_PAIRS: usize = 512;
+/// Most K pairs at once when a panel is used for several tiles, so that it stays in L2 (256 KiB).
+const REUSED_PAIRS: usize = 1024;
+/// K pairs of fp8 that are widened at once for several tiles, 16 KiB: they stay in L1.
+const DECODED_PAIRS: usize = BLOCK_PAIRS;
+/// Words between packed rows, which keeps rows of a tile off each other's L1 sets.
+const ROW_GAP: usize = 16;
+const SUM_COLUMNS: usize = SUM_PANELS * PANEL;
+
+const OPERAND_WORDS: usize = CHUNK_ROWS * (CHUNK_PAIRS + ROW_GAP);
+const SUM_WORDS: usize = CHUNK_ROWS * SUM_COLUMNS;
+const DECODED_WORDS: usize = DECODED_PAIRS * PANEL;
+/// A scale per 128 of K for every operand, and one more per row for a ragged end.
+const SCALE_WORDS: usize = OPERAND_WORDS / BLOCK_PAIRS + CHUNK_ROWS;
+
+/// Words of scratch of one worker, a whole number of cache lines.
+pub(crate) const SCRATCH_WORDS: usize =
+    (OPERAND_WORDS + SUM_WORDS + DECODED_WORDS + SCALE_WORDS).next_multiple_of(16);
+
+/// One thread's share of the scratch. Its contents mean nothing between tasks.
+pub(crate) struct Worker<'a, K> {
+    kernel: K,
+    operands: &'a mut [u32],
+    decoded: &'a mut [u32],
+    sums: &'a mut [f32],
+    scales: &'a mut [f32],
+}
+
+/// The rows of a task as they are packed now.
+#[derive(Clone, Copy)]
+struct Packed {
+    rows: usize,
+    pairs: PairRange,
+    /// Words between rows.
+    pitch: usize,
+    /// 1x128 scales between rows, if there are any.
+    scale_pitch: Option<usize>,
+}
+
+impl<'a, K: Kernel> Worker<'a, K> {
+    /// `scratch` starts on a cache line and has at least [`SCRATCH_WORDS`].
+    pub(crate) fn new(kernel: K, scratch: &'a mut [u32]) -> Self {
+        let (operands, rest) = scratch.split_at_mut(OPERAND_WORDS);
+        let (decoded, rest) = rest.split_at_mut(DECODED_WORDS);
+        let (sums, scales) = floats(rest).split_at_mut(SUM_WORDS);
+        Worker { kernel, operands, decoded, sums, scales }
+    }
+
+    pub(crate) fn run<W: PackedWeight>(
+        &mut self,
+        gemm: &GroupedGemm<'_, W>,
+        task: Task,
+        sink: &impl RowSink,
+    ) {
+        let weight = &gemm.weights[gemm.groups[task.group].expert];
+        let shape = weight.shape();
+        let rows = task.rows.len();
+        let step = pairs_at_once(rows);
+        let mut is_packed = false;
+        for first in task.panels.clone().step_by(SUM_PANELS) {
+            let panels = first..(first + SUM_PANELS).min(task.panels.end);
+            self.sums[..rows * SUM_COLUMNS].fill(0.0);
+            for start in (0..shape.pairs()).step_by(step) {
+                let end = (start + step).min(shape.pairs());
+                let pairs = PairRange { start, end, k: shape.k };
+                let packed = Packed::new(gemm, rows, pairs);
+                // Rows that fit as a whole are packed once for all panels of the task.
+                if !is_packed {
+                    self.pack(gemm, &task.rows, packed);
+                    is_packed = pairs.len() == shape.pairs();
+                }
+                for panel in panels.clone() {
+                    self.multiply(weight, panel, (panel - first) * PANEL, packed);
+                }
+            }
+            self.store(gemm, weight, &task.rows, panels, sink);
+        }
+    }
+
+    fn pack<W: PackedWeight>(&mut self, gemm: &GroupedGemm<'_, W>, rows: &Range<usize>, packed: Packed) {
+        let PairRange { start, end, .. } = packed.pairs;
+        for (i, sorted) in rows.clone().enumerate() {
+            let row = gemm.activation_row(sorted);
+            let words = &mut self.operands[i * packed.pitch..][..packed.pairs.len()];
+            gemm.activations.pack_row(self.kernel, row, packed.pairs, words);
+            if let (Some(pitch), Some(groups)) = (packed.scale_pitch, gemm.activations.groups()) {
+                let scales = &groups.values[row * groups.pitch..];
+                self.scales[i * pitch..][..pitch]
+                    .copy_from_slice(&scales[start / BLOCK_PAIRS..end.div_ceil(BLOCK_PAIRS)]);
+            }
+        }
+    }
+
+    /// Adds the packed rows times `panel` to the sums from column `column` on.
+    fn multiply<W: PackedWeight>(&mut self, weight: &W, panel: usize, column: usize, packed: Packed) {
+        let shape = weight.shape();
+        let PairRange { start, end, .. } = packed.pairs;
+        let lines = weight.panel(panel).slice(start..end);
+        let tiles = packed.rows.div_ceil(TILE_ROWS);
+        let is_fp8 = matches!(lines, PanelPairs::Fp8 { .. });
+        let decodes = is_fp8 && packed.rows > K::FP8_TILE_ROWS;
+        let step = if decodes { DECODED_PAIRS } else { packed.pairs.len() };
+        let column_scales = weight.scale().and_then(|scale| scale.blocks(panel, shape));
+        for from in (0..packed.pairs.len()).step_by(step) {
+            let to = (from + step).min(packed.pairs.len());
+            let mut lines = lines.slice(from..to);
+            if let (PanelPairs::Fp8 { codes, kind }, true) = (lines, decodes) {
+                let words = &mut self.decoded[..codes.len() / 2];
+                self.kernel.decode_panel(kind, codes, words);
+                lines = PanelPairs::Bf16(words);
+            }
+            let block = from / BLOCK_PAIRS;
+            let mut row = 0;
+            for tile in 0..tiles {
+                // Rows are spread evenly: no tile is left with a single row next to full ones.
+                let rows = (packed.rows - row).div_ceil(tiles - tile);
+                let scales = BlockScales {
+                    rows: packed.scale_pitch.map(|pitch| &self.scales[row * pitch + block..]),
+                    row_pitch: packed.scale_pitch.unwrap_or(0),
+                    columns: column_scales.map(|scales| &scales[start / BLOCK_PAIRS + block..]),
+                };
+                let is_scaled = scales.rows.is_some() || scales.columns.is_some();
+                let tile = Tile {
+                    rows,
+                    words: &self.operands[row * packed.pitch + from..],
+                    pitch: packed.pitch,
+                    sums: &mut self.sums[row * SUM_COLUMNS + column..],
+                    sums_pitch: SUM_COLUMNS,
+                    scales: is_scaled.then_some(scales),
+                };
+                self.kernel.multiply(tile, lines);
+                row += rows;
+            }
+        }
+    }
+
+    fn store<W: PackedWeight>(
+        &mut self,
+        gemm: &GroupedGemm<'_, W>,
+        weight: &W,
+        rows: &Range<usize>,
+        panels: Range<usize>,
+        sink: &impl RowSink,
+    ) {
+        let shape = weight.shape();
+        let column = panels.start * shape.columns.results_per_panel();
+        let results = (panels.len() * shape.columns.results_per_panel()).min(shape.result_columns() - column);
+        let columns = weight.scale().and_then(|scale| scale.columns(panels.start));
+        for (i, sorted) in rows.clone().enumerate() {
+            let sums = &mut self.sums[i * SUM_COLUMNS..][..panels.len() * PANEL];
+            let factors = RowFactors {
+                columns,
+                activation: gemm.activations.row_scale(gemm.activation_row(sorted)),
+                router: gemm.router_weights.map(|weights| weights[sorted]),
+            };
+            self.kernel.vectorize(
+                #[inline(always)]
+                || {
+                    factors.apply(sums);
+                    if let Epilogue::GateUp(activation) = gemm.epilogue {
+                        join_gate_up(activation, sums);
+                    }
+                    // SAFETY: the call checked that the sink covers all rows of the groups and has the
+                    // columns of the result; groups are disjoint, and tasks cover each row and panel once.
+                    unsafe { sink.store(sorted, column, &sums[..results]) }
+                },
+            );
+        }
+    }
+}
+
+impl Packed {
+    fn new<W: PackedWeight>(gemm: &GroupedGemm<'_, W>, rows: usize, pairs: PairRange) -> Self {
+        let blocks = pairs.len().div_ceil(BLOCK_PAIRS);
+        Packed {
+            rows,
+            pairs,
+            pitch: pairs.len().next_multiple_of(16) + ROW_GAP,
+            scale_pitch: gemm.activations.groups().map(|_| blocks),
+        }
+    }
+}
+
+/// K pairs that are packed at once: all the scratch holds, in whole scale blocks.
+fn pairs_at_once(rows: usize) -> usize {
+    let most = if rows > TILE_ROWS { REUSED_PAIRS } else { usize::MAX };
+    let fit = OPERAND_WORDS / rows - ROW_GAP;
+    (fit / BLOCK_PAIRS * BLOCK_PAIRS).min(most)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packed_rows_fit_the_scratch() {
+        for rows in 1..=CHUNK_ROWS {
+            let pairs = pairs_at_once(rows);
+            assert!(pairs >= CHUNK_PAIRS && pairs.is_multiple_of(BLOCK_PAIRS), "{rows} rows: {pairs} pairs");
+            assert!(rows * (pairs + ROW_GAP) <= OPERAND_WORDS, "{rows} rows");
+            assert!(rows * pairs / BLOCK_PAIRS <= SCALE_WORDS, "{rows} rows");
+        }
+    }
+}
