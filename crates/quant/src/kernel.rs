@@ -123,12 +123,17 @@ impl<S: Source, P: Prologue> Job for Amax<'_, S, P> {
 
     #[inline(always)]
     unsafe fn run<V: Lanes>(self) -> f32 {
-        // SAFETY: the caller's contract covers the vector methods, and `load_at_most` stays inside its slice.
+        let Self { src, prologue } = self;
+        let full = src.chunks_exact(V::LANES);
+        let rest = full.remainder();
+        // SAFETY: the caller's contract covers the vector methods; `full` yields whole vectors.
         unsafe {
             let mut largest = V::zero();
-            for chunk in self.src.chunks(V::LANES) {
-                let x = self.prologue.apply(load_at_most::<S, V>(chunk));
-                largest = largest.max(x.finite_magnitude());
+            for chunk in full {
+                largest = largest.max(prologue.apply(S::load::<V>(chunk.as_ptr())).finite_magnitude());
+            }
+            if !rest.is_empty() {
+                largest = largest.max(prologue.apply(load_short::<S, V>(rest)).finite_magnitude());
             }
             largest.reduce_max()
         }
@@ -149,18 +154,22 @@ impl<S: Source, P: Prologue> Job for Encode<'_, S, P> {
 
     #[inline(always)]
     unsafe fn run<V: Lanes>(self) {
-        for (src, dst) in self.src.chunks(V::LANES).zip(self.dst.chunks_mut(V::LANES)) {
-            // SAFETY: the caller's contract covers the vector methods; loads and stores stay inside `src` and
-            // `dst`, a short last chunk of either goes through a full-width buffer.
-            unsafe {
-                let x = self.prologue.apply(load_at_most::<S, V>(src)).mul(self.inverse_scale);
-                if dst.len() == V::LANES {
-                    x.encode(&self.encoder, dst.as_mut_ptr());
-                } else {
-                    let mut full = [0; MAX_LANES];
-                    x.encode(&self.encoder, full.as_mut_ptr());
-                    dst.copy_from_slice(&full[..dst.len()]);
-                }
+        let Self { src, prologue, encoder, inverse_scale, dst } = self;
+        let full = src.chunks_exact(V::LANES);
+        let rest = full.remainder();
+        let mut full_dst = dst.chunks_exact_mut(V::LANES);
+        // SAFETY: the caller's contract covers the vector methods; `full` and `full_dst` yield whole vectors, and
+        // `MAX_LANES` codes are enough for one.
+        unsafe {
+            for (src, dst) in full.zip(full_dst.by_ref()) {
+                let x = prologue.apply(S::load::<V>(src.as_ptr()));
+                x.mul(inverse_scale).encode(&encoder, dst.as_mut_ptr());
+            }
+            if !rest.is_empty() {
+                let mut codes = [0; MAX_LANES];
+                let x = prologue.apply(load_short::<S, V>(rest));
+                x.mul(inverse_scale).encode(&encoder, codes.as_mut_ptr());
+                full_dst.into_remainder().copy_from_slice(&codes[..rest.len()]);
             }
         }
     }
@@ -195,19 +204,14 @@ impl<S: Source, P: Prologue> Job for Groups<'_, S, P> {
     }
 }
 
-/// Loads a full vector, or a shorter end of a row with zeros behind it (zeros change no maximum).
+/// Loads the end of a row that is shorter than a vector, with zeros behind it (they change no maximum).
 ///
 /// # Safety
-/// As the methods of [`Lanes`]; `src` is not longer than `V::LANES`.
+/// As the methods of [`Lanes`].
 #[inline(always)]
-unsafe fn load_at_most<S: Source, V: Lanes>(src: &[S]) -> V {
-    if src.len() == V::LANES {
-        // SAFETY: the slice has exactly as many elements as are read.
-        unsafe { S::load(src.as_ptr()) }
-    } else {
-        let mut full = [S::ZERO; MAX_LANES];
-        full[..src.len()].copy_from_slice(src);
-        // SAFETY: the buffer has at least as many elements as are read.
-        unsafe { S::load(full.as_ptr()) }
-    }
+unsafe fn load_short<S: Source, V: Lanes>(src: &[S]) -> V {
+    let mut full = [S::ZERO; MAX_LANES];
+    full[..src.len()].copy_from_slice(src);
+    // SAFETY: the buffer has at least as many elements as are read.
+    unsafe { S::load(full.as_ptr()) }
 }

@@ -51,5 +51,5 @@ pub use convert::e4m3fn_to_e4m3fnuz;
 pub use error::QuantError;
 pub use isa::Isa;
 pub use quantizer::{Activations, PerGroup, PerTensor, PerToken, PreparedRows, Quantizer, Unquantized};
-pub use row::{RowQuantizer, Unrounded, dequantize_row, scale_for_amax};
+pub use row::{QuantizedRow, RowQuantizer, Unrounded, scale_for_amax};
 pub use weights::{QuantizedWeights, WeightQuantizer, WeightScales};

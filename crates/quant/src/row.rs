@@ -155,31 +155,40 @@ impl RowQuantizer {
     }
 }
 
-/// The numbers that a quantised row stands for: `out[i] = decode(codes[i]) · scale`, one f32 multiplication.
-///
-/// `codes` and `out` are equally long. `scales` is what [`Granularity::scales_per_token`] says for that length.
-///
-/// # Errors
-/// [`QuantError::BufferLength`].
-pub fn dequantize_row(
-    format: Fp8Format,
-    granularity: Granularity,
-    (codes, scales): (&[u8], &[f32]),
-    out: &mut [f32],
-) -> Result<(), QuantError> {
-    check_len("dequantised elements", codes.len(), out.len())?;
-    check_len("scales", granularity.scales_per_token(codes.len()), scales.len())?;
-    let group = match granularity {
-        Granularity::Group(group) => group.get(),
-        _ => codes.len().max(1),
-    };
-    let values = decode_table(format);
-    for ((codes, out), &scale) in codes.chunks(group).zip(out.chunks_mut(group)).zip(scales) {
-        for (out, &code) in out.iter_mut().zip(codes) {
-            *out = values[usize::from(code)] * scale;
+/// A quantised row of activations, borrowed.
+#[derive(Clone, Copy, Debug)]
+pub struct QuantizedRow<'a> {
+    /// What the codes mean.
+    pub format: Fp8Format,
+    /// What the scales belong to.
+    pub granularity: Granularity,
+    /// `[hidden]`.
+    pub codes: &'a [u8],
+    /// `[scales_per_token]` of [`Granularity::scales_per_token`].
+    pub scales: &'a [f32],
+}
+
+impl QuantizedRow<'_> {
+    /// `out[i] = decode(codes[i]) · scale`, one f32 multiplication. `out` is `[hidden]`.
+    ///
+    /// # Errors
+    /// [`QuantError::BufferLength`] for the scales and `out`.
+    pub fn dequantize(&self, out: &mut [f32]) -> Result<(), QuantError> {
+        let hidden = self.codes.len();
+        check_len("dequantised elements", hidden, out.len())?;
+        check_len("scales", self.granularity.scales_per_token(hidden), self.scales.len())?;
+        let group = match self.granularity {
+            Granularity::Group(group) => group.get(),
+            _ => hidden.max(1),
+        };
+        let values = decode_table(self.format);
+        for ((codes, out), &scale) in self.codes.chunks(group).zip(out.chunks_mut(group)).zip(self.scales) {
+            for (out, &code) in out.iter_mut().zip(codes) {
+                *out = values[usize::from(code)] * scale;
+            }
         }
+        Ok(())
     }
-    Ok(())
 }
 
 /// The bytes of `scales`.

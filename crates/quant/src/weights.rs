@@ -129,33 +129,23 @@ impl WeightQuantizer {
 /// A quantised weight matrix, borrowed.
 #[derive(Clone, Copy, Debug)]
 pub struct QuantizedWeights<'a> {
-    codes: &'a [u8],
-    scales: &'a [f32],
-    dims: [usize; 2],
-    granularity: WeightScales,
-    format: Fp8Format,
+    /// What the codes mean.
+    pub format: Fp8Format,
+    /// What the scales belong to.
+    pub granularity: WeightScales,
+    /// Output channels n and input channels k.
+    pub dims: [usize; 2],
+    /// `[n, k]`, row-major without gaps.
+    pub codes: &'a [u8],
+    /// `[rows, columns]` of [`WeightScales::dims`], row-major without gaps. Multiply to dequantise.
+    pub scales: &'a [f32],
 }
 
-impl<'a> QuantizedWeights<'a> {
-    /// `codes` `[n, k]` row-major with `scales` row-major as [`WeightScales::dims`] says.
-    ///
-    /// # Errors
-    /// [`QuantError::BufferLength`].
-    pub fn new(
-        (format, granularity): (Fp8Format, WeightScales),
-        [n, k]: [usize; 2],
-        codes: &'a [u8],
-        scales: &'a [f32],
-    ) -> Result<Self, QuantError> {
-        check_len("codes", n * k, codes.len())?;
-        check_len("scales", granularity.count(n, k), scales.len())?;
-        Ok(Self { codes, scales, dims: [n, k], granularity, format })
-    }
-
+impl QuantizedWeights<'_> {
     /// `out[i] = decode(codes[i]) · scale`, one f32 multiplication. `out` is `[n, k]`.
     ///
     /// # Errors
-    /// [`QuantError::BufferLength`].
+    /// [`QuantError::BufferLength`] for the codes, the scales and `out`.
     pub fn dequantize_f32(&self, out: &mut [f32]) -> Result<(), QuantError> {
         self.dequantize(out, |x| x)
     }
@@ -163,26 +153,32 @@ impl<'a> QuantizedWeights<'a> {
     /// The result of [`QuantizedWeights::dequantize_f32`], rounded to bf16.
     ///
     /// # Errors
-    /// [`QuantError::BufferLength`].
+    /// [`QuantError::BufferLength`] for the codes, the scales and `out`.
     pub fn dequantize_bf16(&self, out: &mut [bf16]) -> Result<(), QuantError> {
         self.dequantize(out, bf16::from_f32)
     }
 
-    fn dequantize<T>(&self, out: &mut [T], round: impl Fn(f32) -> T) -> Result<(), QuantError> {
-        check_len("dequantised elements", self.codes.len(), out.len())?;
+    fn dequantize<T: Copy>(&self, out: &mut [T], round: impl Fn(f32) -> T) -> Result<(), QuantError> {
         let [n, k] = self.dims;
+        check_len("codes", n * k, self.codes.len())?;
+        check_len("scales", self.granularity.count(n, k), self.scales.len())?;
+        check_len("dequantised elements", n * k, out.len())?;
         if k == 0 {
             return Ok(());
         }
         let (tile_rows, tile_columns) = self.granularity.tile(n, k);
         let [_, scale_columns] = self.granularity.dims(n, k);
         let values = decode_table(self.format);
-        for (row, (codes, out)) in self.codes.chunks(k).zip(out.chunks_mut(k)).enumerate() {
-            let scales = &self.scales[row / tile_rows * scale_columns..][..scale_columns];
-            let tiles = codes.chunks(tile_columns).zip(out.chunks_mut(tile_columns));
-            for ((codes, out), &scale) in tiles.zip(scales) {
-                for (out, &code) in out.iter_mut().zip(codes) {
-                    *out = round(values[usize::from(code)] * scale);
+        let bands = self.codes.chunks(tile_rows * k).zip(out.chunks_mut(tile_rows * k));
+        for ((codes, out), scales) in bands.zip(self.scales.chunks(scale_columns)) {
+            for (tile, &scale) in scales.iter().enumerate() {
+                // A tile has far more weights than there are codes, so each product is computed and rounded once.
+                let products = values.map(|value| round(value * scale));
+                let columns = tile * tile_columns..k.min((tile + 1) * tile_columns);
+                for (codes, out) in codes.chunks(k).zip(out.chunks_mut(k)) {
+                    for (out, &code) in out[columns.clone()].iter_mut().zip(&codes[columns.clone()]) {
+                        *out = products[usize::from(code)];
+                    }
                 }
             }
         }
