@@ -19,7 +19,7 @@ fn check(isa: Isa, case: Case) {
 #[rstest]
 fn bf16(
     #[values(Isa::Avx512Bf16, Isa::Portable)] isa: Isa,
-    #[values((64, 128), (1, 1), (70, 33), (200, 257), (300, 1000))] (n, k): (usize, usize),
+    #[values((64, 128), (1, 1), (70, 33), (200, 257), (130, 1000))] (n, k): (usize, usize),
     #[values(false, true)] gate_up: bool,
 ) {
     check(isa, Case { rows: &ROWS, n, k, gate_up, weight: Operand::Bf16, activation: Operand::Bf16 });
@@ -30,7 +30,7 @@ fn fp8_weights(
     #[values(Isa::Avx512Bf16, Isa::Portable)] isa: Isa,
     #[values(Fp8Kind::E4M3Fn, Fp8Kind::E4M3Fnuz)] kind: Fp8Kind,
     #[values(Scaling::Tensor, Scaling::Vector, Scaling::Block)] scaling: Scaling,
-    #[values((64, 128), (33, 7), (130, 385), (260, 1500))] (n, k): (usize, usize),
+    #[values((64, 128), (33, 7), (130, 385), (65, 1100))] (n, k): (usize, usize),
     #[values(false, true)] gate_up: bool,
 ) {
     let weight = Operand::Fp8(kind, scaling);
