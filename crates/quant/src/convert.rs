@@ -10,8 +10,8 @@ use crate::error::{QuantError, check_scale};
 /// Both buffers are unchanged if an error is returned.
 ///
 /// # Errors
-/// [`QuantError::NanCode`] for the first code 0x7F or 0xFF; [`QuantError::BadScale`] for the first scale that is
-/// not positive and finite when doubled.
+/// [`QuantError::NanCode`] for the first code 0x7F or 0xFF; [`QuantError::BadScale`] for the first scale that
+/// is not positive and finite when doubled.
 pub fn e4m3fn_to_e4m3fnuz(codes: &mut [u8], scales: &mut [f32]) -> Result<(), QuantError> {
     if let Some(index) = codes.iter().position(|code| code & 0x7f == 0x7f) {
         return Err(QuantError::NanCode { index, code: codes[index] });

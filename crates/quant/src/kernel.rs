@@ -158,8 +158,8 @@ impl<S: Source, P: Prologue> Job for Encode<'_, S, P> {
         let full = src.chunks_exact(V::LANES);
         let rest = full.remainder();
         let mut full_dst = dst.chunks_exact_mut(V::LANES);
-        // SAFETY: the caller's contract covers the vector methods; `full` and `full_dst` yield whole vectors, and
-        // `MAX_LANES` codes are enough for one.
+        // SAFETY: the caller's contract covers the vector methods; `full` and `full_dst` yield whole vectors,
+        // and `MAX_LANES` codes are enough for one.
         unsafe {
             for (src, dst) in full.zip(full_dst.by_ref()) {
                 let x = prologue.apply(S::load::<V>(src.as_ptr()));

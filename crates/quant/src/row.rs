@@ -80,7 +80,8 @@ impl RowQuantizer {
     /// Quantises `row` with a given scale. `codes` is as long as `row`.
     ///
     /// # Errors
-    /// [`QuantError::BufferLength`]; [`QuantError::BadScale`] unless `scale` and `1/scale` are positive and finite.
+    /// [`QuantError::BufferLength`]; [`QuantError::BadScale`] unless `scale` and `1/scale` are positive and
+    /// finite.
     pub fn quantize_scaled<T: Unrounded>(
         &self,
         row: &[T],

@@ -71,7 +71,8 @@ impl WeightQuantizer {
     /// `scales` (of [`WeightScales::dims`]), both without gaps. Nothing is allocated.
     ///
     /// # Errors
-    /// [`QuantError::NotMatrix`], [`QuantError::InputDType`], [`QuantError::BufferLength`], [`QuantError::View`].
+    /// [`QuantError::NotMatrix`], [`QuantError::InputDType`], [`QuantError::BufferLength`],
+    /// [`QuantError::View`].
     pub fn quantize(
         &self,
         weights: TensorView<'_>,
@@ -172,7 +173,7 @@ impl QuantizedWeights<'_> {
         let bands = self.codes.chunks(tile_rows * k).zip(out.chunks_mut(tile_rows * k));
         for ((codes, out), scales) in bands.zip(self.scales.chunks(scale_columns)) {
             for (tile, &scale) in scales.iter().enumerate() {
-                // A tile has far more weights than there are codes, so each product is computed and rounded once.
+                // A tile has far more weights than there are codes, so each product is rounded only once.
                 let products = values.map(|value| round(value * scale));
                 let columns = tile * tile_columns..k.min((tile + 1) * tile_columns);
                 for (codes, out) in codes.chunks(k).zip(out.chunks_mut(k)) {
