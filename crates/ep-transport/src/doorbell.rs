@@ -1,10 +1,11 @@
 //! Waiting for memory to change: spin briefly, then sleep until whoever changed it rings.
 
 use std::hint::spin_loop;
-use std::sync::atomic::{AtomicU32, Ordering, fence};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use std::time::Duration;
 
 use crate::deadline::Deadline;
+use crate::symmetric::SymWord;
 
 /// Looks at the awaited memory between two looks at the clock.
 const LOOKS_PER_CLOCK: u32 = 64;
@@ -22,33 +23,84 @@ impl Spin {
     }
 }
 
+/// What changed, or what is waited for. Two things may share a cause; that only costs a needless wake-up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Cause(u32);
+
+impl Cause {
+    /// Anything: wakes everyone, is woken by everything.
+    pub(crate) const ANY: Self = Self(u32::MAX);
+
+    /// A word of any heap.
+    pub(crate) const fn word(word: SymWord) -> Self {
+        Self(word.0 as u32)
+    }
+}
+
+/// Who sleeps: the number of threads, and the cause if there is just one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Sleepers {
+    count: u32,
+    cause: Cause,
+}
+
+impl Sleepers {
+    const fn unpack(packed: u64) -> Self {
+        Self { count: packed as u32, cause: Cause((packed >> 32) as u32) }
+    }
+
+    const fn pack(self) -> u64 {
+        (self.cause.0 as u64) << 32 | self.count as u64
+    }
+
+    /// With one more, who waits for `cause`.
+    fn joined(self, cause: Cause) -> Self {
+        Self { count: self.count + 1, cause: if self.count == 0 { cause } else { Cause::ANY } }
+    }
+
+    /// With one less. Whose cause remains is no longer known.
+    fn left(self) -> Self {
+        Self { count: self.count - 1, cause: Cause::ANY }
+    }
+
+    /// Whether anyone may be waiting for `cause`.
+    fn heed(self, cause: Cause) -> bool {
+        self.count != 0 && (self.cause == cause || self.cause == Cause::ANY || cause == Cause::ANY)
+    }
+}
+
 /// A bell that one rank sleeps on and all others ring.
 ///
-/// Two 32-bit words without pointers, so it may lie in memory shared between processes.
+/// Two words without pointers, so it may lie in memory shared between processes.
 #[derive(Debug, Default)]
 #[repr(C, align(64))]
 pub(crate) struct Doorbell {
     /// Rings so far, modulo 2^32: the futex.
     rings: AtomicU32,
-    /// Threads asleep, or about to be.
-    sleepers: AtomicU32,
+    /// A packed [`Sleepers`]: threads asleep, or about to be.
+    sleepers: AtomicU64,
 }
 
 impl Doorbell {
-    /// Wakes the sleepers. Called after the store that they wait for.
-    pub(crate) fn ring(&self) {
+    /// Wakes the sleepers if they may be waiting for `cause`. Called after the store that they wait for.
+    ///
+    /// The cause matters where ranks share cores: a rank that waits for eight signals in turn is otherwise woken
+    /// by each of them to find that it was the wrong one.
+    pub(crate) fn ring(&self, cause: Cause) {
         // This fence and the one in `wait` make sure that either the ringer sees the sleeper or the sleeper sees
         // the ringer's store; without them both could miss each other.
         fence(Ordering::SeqCst);
-        if self.sleepers.load(Ordering::Relaxed) != 0 {
+        if Sleepers::unpack(self.sleepers.load(Ordering::Relaxed)).heed(cause) {
             self.rings.fetch_add(1, Ordering::Release);
             wake_all(&self.rings);
         }
     }
 
-    /// Waits until `ready` gives a value; `None` if it has not by the deadline. `ready` is asked at least once.
+    /// Waits until `ready` gives a value; `None` if it has not by the deadline. `ready` is asked at least once,
+    /// and again after every ring for `cause`.
     pub(crate) fn wait<T>(
         &self,
+        cause: Cause,
         spin: Spin,
         deadline: Deadline,
         mut ready: impl FnMut() -> Option<T>,
@@ -68,7 +120,7 @@ impl Doorbell {
                 break;
             }
         }
-        self.sleepers.fetch_add(1, Ordering::Relaxed);
+        self.update_sleepers(|sleepers| sleepers.joined(cause));
         fence(Ordering::SeqCst);
         let outcome = loop {
             let heard = self.rings.load(Ordering::Acquire);
@@ -78,8 +130,14 @@ impl Doorbell {
             let Some(left) = deadline.remaining() else { break None };
             sleep_while(&self.rings, heard, left);
         };
-        self.sleepers.fetch_sub(1, Ordering::Relaxed);
+        self.update_sleepers(Sleepers::left);
         outcome
+    }
+
+    fn update_sleepers(&self, change: impl Fn(Sleepers) -> Sleepers) {
+        let packed = |packed| Some(change(Sleepers::unpack(packed)).pack());
+        // The closure always gives a new value, so the update always succeeds.
+        let _ = self.sleepers.fetch_update(Ordering::Relaxed, Ordering::Relaxed, packed);
     }
 }
 
@@ -119,8 +177,9 @@ fn wake_all(_word: &AtomicU32) {}
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicU64;
     use std::time::Instant;
+
+    use rstest::rstest;
 
     use super::*;
 
@@ -128,34 +187,87 @@ mod tests {
     fn the_deadline_ends_a_wait_that_no_one_answers() {
         let bell = Doorbell::default();
         let start = Instant::now();
-        let outcome =
-            bell.wait(Spin::for_ranks(1), Deadline::after(Duration::from_millis(50)), || None::<()>);
+        let deadline = Deadline::after(Duration::from_millis(50));
+        let outcome = bell.wait(Cause::ANY, Spin::for_ranks(1), deadline, || None::<()>);
         let took = start.elapsed();
         assert_eq!(outcome, None);
         assert!(took >= Duration::from_millis(50) && took < Duration::from_millis(500), "took {took:?}");
     }
 
-    #[test]
-    fn no_ring_is_missed() {
+    #[rstest]
+    #[case::one_word(Cause(3), Cause(3))]
+    #[case::a_ring_for_all(Cause(3), Cause::ANY)]
+    #[case::a_sleeper_for_all(Cause::ANY, Cause(3))]
+    fn no_ring_is_missed(#[case] awaited: Cause, #[case] changed: Cause) {
         let (ping, pong) = (Doorbell::default(), Doorbell::default());
         let (there, back) = (AtomicU64::new(0), AtomicU64::new(0));
-        let rounds = 20_000;
+        let rounds = 10_000;
         let limit = Deadline::after(Duration::from_secs(60));
-        let see = |word: &AtomicU64, n| (word.load(Ordering::Acquire) == n).then_some(());
-        // Without spinning every round sleeps, so every round can miss its ring.
+        // Without spinning nearly every round sleeps, so every round can miss its ring.
+        let await_value = |bell: &Doorbell, word: &AtomicU64, n| {
+            let see = || (word.load(Ordering::Acquire) == n).then_some(());
+            assert!(bell.wait(awaited, Spin(Duration::ZERO), limit, see).is_some());
+        };
+        let change = |bell: &Doorbell, word: &AtomicU64, n| {
+            word.store(n, Ordering::Release);
+            bell.ring(changed);
+        };
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 for n in 1..=rounds {
-                    assert!(ping.wait(Spin(Duration::ZERO), limit, || see(&there, n)).is_some());
-                    back.store(n, Ordering::Release);
-                    pong.ring();
+                    await_value(&ping, &there, n);
+                    change(&pong, &back, n);
                 }
             });
             for n in 1..=rounds {
-                there.store(n, Ordering::Release);
-                ping.ring();
-                assert!(pong.wait(Spin(Duration::ZERO), limit, || see(&back, n)).is_some());
+                change(&ping, &there, n);
+                await_value(&pong, &back, n);
             }
         });
+    }
+
+    #[test]
+    fn two_sleepers_with_different_causes_both_wake() {
+        let (bell, words) = (Doorbell::default(), [AtomicU64::new(0), AtomicU64::new(0)]);
+        let rounds = 5_000;
+        let done = [AtomicU64::new(0), AtomicU64::new(0)];
+        let limit = Deadline::after(Duration::from_secs(60));
+        std::thread::scope(|scope| {
+            for (index, (word, done)) in words.iter().zip(&done).enumerate() {
+                let bell = &bell;
+                scope.spawn(move || {
+                    for n in 1..=rounds {
+                        let see = || (word.load(Ordering::Acquire) >= n).then_some(());
+                        assert!(bell.wait(Cause(index as u32), Spin(Duration::ZERO), limit, see).is_some());
+                        done.store(n, Ordering::Release);
+                    }
+                });
+            }
+            for n in 1..=rounds {
+                for (index, word) in words.iter().enumerate() {
+                    word.store(n, Ordering::Release);
+                    bell.ring(Cause(index as u32));
+                }
+                for done in &done {
+                    while done.load(Ordering::Acquire) < n && limit.remaining().is_some() {
+                        std::thread::yield_now();
+                    }
+                }
+            }
+        });
+        assert_eq!(Sleepers::unpack(bell.sleepers.into_inner()).count, 0);
+    }
+
+    #[test]
+    fn only_a_lone_sleeper_has_a_cause() {
+        let nobody = Sleepers::unpack(0);
+        let one = nobody.joined(Cause(4));
+        assert!(one.heed(Cause(4)) && one.heed(Cause::ANY) && !one.heed(Cause(5)));
+        let two = one.joined(Cause(6));
+        assert!(two.heed(Cause(5)) && two.left().heed(Cause(5)));
+        let last = two.left().left();
+        assert!(!last.heed(Cause(4)) && !last.heed(Cause::ANY));
+        assert_eq!(Sleepers::unpack(two.pack()), two);
+        assert!(!last.joined(Cause(7)).heed(Cause(4)));
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use fused_moe_core::Rank;
 
-use crate::doorbell::{Doorbell, Spin};
+use crate::doorbell::{Cause, Doorbell, Spin};
 use crate::error::{Result, Silence, TransportError};
 use crate::segment::Segment;
 use crate::traffic::{Distance, TrafficCounters};
@@ -77,7 +77,7 @@ impl Group {
     }
 
     pub(super) fn ring_all(&self) {
-        self.seats.iter().for_each(|seat| seat.doorbell.ring());
+        self.seats.iter().for_each(|seat| seat.doorbell.ring(Cause::ANY));
     }
 }
 

@@ -8,6 +8,7 @@ use fused_moe_core::Rank;
 
 use super::group::Member;
 use crate::deadline::Deadline;
+use crate::doorbell::Cause;
 use crate::error::{Awaited, Result, Silence, TransportError};
 use crate::heap::{Heap, Payload, Signal, Until};
 use crate::segment::Segment;
@@ -43,15 +44,15 @@ impl ThreadHeap {
         start.ok_or(TransportError::OutOfBounds { offset, len, size: self.size })
     }
 
-    /// Stores a signal in a word of `to` and wakes `to` if it sleeps.
-    fn set(&self, to: Rank, word: &AtomicU64, value: u64) -> Result<()> {
+    /// Stores a signal in `word`, which is that of `signal` at `to`, and wakes `to` if it sleeps on it.
+    fn set(&self, to: Rank, word: &AtomicU64, signal: Signal) -> Result<()> {
         drain_streaming_stores();
-        word.store(value, Ordering::Release);
-        self.notify(to)
+        word.store(signal.value, Ordering::Release);
+        self.notify(to, signal.word)
     }
 
-    fn notify(&self, to: Rank) -> Result<()> {
-        self.member.group.seat(to)?.doorbell.ring();
+    fn notify(&self, to: Rank, word: SymWord) -> Result<()> {
+        self.member.group.seat(to)?.doorbell.ring(Cause::word(word));
         self.member.traffic.count_signal(self.member.distance(to));
         Ok(())
     }
@@ -92,12 +93,12 @@ unsafe impl Heap for ThreadHeap {
         let word = self.word(to, signal.word)?;
         // SAFETY: the caller makes the promises of `put_nbi`.
         unsafe { self.put_nbi(to, payload)? };
-        self.set(to, word, signal.value)
+        self.set(to, word, signal)
     }
 
     fn signal_set(&self, to: Rank, signal: Signal) -> Result<()> {
         let word = self.word(to, signal.word)?;
-        self.set(to, word, signal.value)
+        self.set(to, word, signal)
     }
 
     fn signal_wait_until(&self, word: SymWord, until: Until, from: Rank, deadline: Deadline) -> Result<u64> {
@@ -105,12 +106,13 @@ unsafe impl Heap for ThreadHeap {
         let group = &self.member.group;
         let setter = group.seat(from)?;
         let look = || Some(value.load(Ordering::Acquire)).filter(|&value| until.holds(value));
-        let outcome = self.member.seat().doorbell.wait(group.spin, deadline, || match look() {
-            Some(value) => Some(Ok(value)),
-            // It may have set the signal and left between the two looks, so look again.
-            None if setter.has_departed() => Some(look().ok_or(Silence::Departed)),
-            None => None,
-        });
+        let outcome =
+            self.member.seat().doorbell.wait(Cause::word(word), group.spin, deadline, || match look() {
+                Some(value) => Some(Ok(value)),
+                // It may have set the signal and left between the two looks, so look again.
+                None if setter.has_departed() => Some(look().ok_or(Silence::Departed)),
+                None => None,
+            });
         outcome.unwrap_or(Err(Silence::Deadline)).map_err(|silence| {
             let last_seen = value.load(Ordering::Relaxed);
             let awaited = Awaited::Signal { word, until, last_seen };
@@ -129,7 +131,7 @@ unsafe impl Heap for ThreadHeap {
         }
         drain_streaming_stores();
         let before = counter.fetch_add(n, Ordering::AcqRel);
-        self.notify(to)?;
+        self.notify(to, word)?;
         Ok(before)
     }
 

@@ -9,6 +9,7 @@ use fused_moe_core::Rank;
 use super::group::{Group, Member, Posting, Seat};
 use super::heap::ThreadHeap;
 use crate::deadline::Deadline;
+use crate::doorbell::Cause;
 use crate::error::{Awaited, Result, Silence, TransportError};
 use crate::heap::Heap;
 use crate::segment::Segment;
@@ -90,7 +91,7 @@ impl ThreadRank {
             .zip(&group.seats)
             .map(|(rank, seat)| {
                 let has_posted = || seat.posted.load(Ordering::Acquire) >= number;
-                let arrival = doorbell.wait(group.spin, deadline, || match has_posted() {
+                let arrival = doorbell.wait(Cause::ANY, group.spin, deadline, || match has_posted() {
                     true => Some(Ok(())),
                     // It may have posted and left between the two looks, so look again.
                     false => seat.shuns_collectives().map(|silence| match has_posted() {
