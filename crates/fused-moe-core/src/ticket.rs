@@ -292,6 +292,11 @@ impl TicketLedger {
         self.state = State::Idle;
     }
 
+    /// Keeps what only this rank can say about its own failure; the error that ends the round carries it.
+    pub fn explain(&mut self, detail: impl Into<Source>) {
+        self.detail = Some(detail.into());
+    }
+
     /// Ends a round that failed on `rank` in its dispatch half, with the error that every rank returns.
     pub fn fail_prepare(&mut self, routed: Routed, rank: Rank, fault: Fault) -> Error {
         self.fail(routed.routing, rank, fault, Stage::QuantizeDispatch)

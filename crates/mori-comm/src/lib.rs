@@ -1,1 +1,49 @@
-//! Stages 2 and 4: MoRI-EP dispatch and combine
+//! Stages 2 and 4: dispatch and combine after MoRI-EP, over any transport that reaches its peers' memory.
+//!
+//! [`MoriBackend::HighThroughput`] and [`MoriBackend::LowLatency`] are the two names that engines know
+//! (`mori_high_throughput`, `mori_low_latency`). Which kernel a name runs follows from the topology
+//! ([`KernelType`]): inside a node both run *IntraNode*.
+//!
+//! IntraNode, on rank `r`, for each of its tokens:
+//!
+//! 1. find the ranks that hold the token's experts; each gets one copy, however many experts it holds;
+//! 2. reserve rows on them with one atomic add per destination, quantise the token once, and write payload, scales,
+//!    all k global ids, all k weights and the token's source id straight into their memory;
+//! 3. say how many rows were written (a status under the round's number) and wait for everyone else's word.
+//!
+//! Combine reads the experts' output rows where they are, in slot order, sums in f32 and rounds once. It applies
+//! no routing weight: the experts already weighted and reduced what a rank computed for a token.
+//!
+//! ```
+//! use ep_transport::{ThreadOptions, run_ranks};
+//! use fused_moe_core::*;
+//! use mori_comm::MoriBackend;
+//!
+//! # fn config() -> MoeConfig {
+//! #     MoeConfig {
+//! #         hidden: 8, intermediate: 8, top_k: 2, max_tokens_per_rank: 4, in_dtype: DType::Bf16,
+//! #         quant: QuantScheme::Unquantized, activation: Activation::Silu, apply_router_weight_on_input: false,
+//! #         routing: None, placement: ExpertPlacement::linear(4, 2).unwrap(), ranks_per_node: 2,
+//! #         device: DeviceKind::Host,
+//! #     }
+//! # }
+//! let config = config();
+//! let experts = ExpertsCaps::host("mine", vec![WireFormat::unquantized(DType::Bf16)]);
+//! let plans = run_ranks(2, ThreadOptions::default(), |group| {
+//!     let providers: [&dyn PrepareFinalizeProvider; 1] = [&MoriBackend::HighThroughput];
+//!     let (plan, _dispatch_combine) = maybe_make_prepare_finalize(&providers, &config, &experts, &group)?;
+//!     Ok::<_, MakeError>(plan.comm())
+//! })?;
+//! assert!(plans.iter().all(|plan| matches!(plan, Ok("mori_high_throughput"))));
+//! # Ok::<(), ep_transport::TransportError>(())
+//! ```
+//!
+//! Not here: InterNodeV1 and InterNodeV1LL (a group over several nodes is refused), monolithic layers, quantised
+//! combine.
+
+mod buffers;
+mod intranode;
+mod kernel_type;
+mod provider;
+
+pub use kernel_type::{KernelType, MoriBackend};

@@ -1,0 +1,72 @@
+//! The providers: what is offered, what it costs, and how a handle is built.
+
+use ep_transport::transport_of;
+use fused_moe_core::{
+    Axis, DType, DeviceKind, Error, KernelKind, MoeConfig, Plan, PrepareCaps, PrepareFinalize,
+    PrepareFinalizeProvider, ProcessGroup, Result, Stage, Support, Unsupported, WireBytes, WireFormat,
+};
+
+use crate::buffers::Buffers;
+use crate::intranode::IntraNode;
+use crate::kernel_type::{KernelType, MoriBackend};
+
+impl PrepareFinalizeProvider for MoriBackend {
+    fn name(&self) -> &'static str {
+        (*self).name()
+    }
+
+    fn supports(&self, config: &MoeConfig, kind: KernelKind) -> Support<PrepareCaps> {
+        let mut why = Vec::new();
+        let kernel = KernelType::select(*self, config);
+        if kernel != KernelType::IntraNode {
+            let wanted = format!("{} ranks on nodes of {}", config.ep_size(), config.ranks_per_node);
+            let found = format!("one node ({} is not there yet)", kernel.name());
+            why.push(Unsupported::new(Axis::Parallel, wanted, found));
+        }
+        if kind != KernelKind::Modular {
+            why.push(Unsupported::new(Axis::KernelKind, kind.name(), KernelKind::Modular.name()));
+        }
+        if config.in_dtype != DType::Bf16 {
+            why.push(Unsupported::new(Axis::DType, config.in_dtype.name(), DType::Bf16.name()));
+        }
+        if config.device != DeviceKind::Host {
+            why.push(Unsupported::new(Axis::Device, format!("{:?}", config.device), "Host"));
+        }
+        Support::unless(why, caps(*self, config))
+    }
+
+    fn required_bytes(&self, config: &MoeConfig, plan: &Plan) -> usize {
+        Buffers::new(config, plan).required_bytes() + IntraNode::local_bytes(config, plan)
+    }
+
+    fn wire_bytes_per_copy(&self, config: &MoeConfig, plan: &Plan) -> WireBytes {
+        let buffers = Buffers::new(config, plan);
+        WireBytes { dispatch: buffers.dispatch_row_bytes(), combine: buffers.combine_row_bytes() }
+    }
+
+    fn build(&self, config: &MoeConfig, plan: &Plan, group: &dyn ProcessGroup) -> Result<PrepareFinalize> {
+        let backend = MoriBackend::name(*self);
+        let contract = |why: String| Error::contract(Stage::QuantizeDispatch, backend, why);
+        let transport = transport_of(group)
+            .ok_or_else(|| contract("the process group has no ep-transport underneath".to_string()))?;
+        if transport.world_size() != config.ep_size() {
+            let (ranks, wanted) = (transport.world_size(), config.ep_size());
+            return Err(contract(format!("the transport has {ranks} ranks, the placement {wanted}")));
+        }
+        let handle = IntraNode::new(caps(*self, config), config, plan, transport)?;
+        Ok(PrepareFinalize::Modular(Box::new(handle)))
+    }
+}
+
+fn caps(backend: MoriBackend, config: &MoeConfig) -> PrepareCaps {
+    let mut wires = vec![WireFormat::unquantized(config.in_dtype)];
+    let quantized = config.quant.quantized_wire(config.in_dtype);
+    if quantized.scale.is_some() {
+        wires.push(quantized);
+    }
+    let max_rows = config.ep_size() * config.max_tokens_per_rank;
+    let mut caps = PrepareCaps::host(MoriBackend::name(backend), KernelKind::Modular, wires, max_rows);
+    caps.weight_on_input = true;
+    caps.in_place_output = true;
+    caps
+}
