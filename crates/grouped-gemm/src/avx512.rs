@@ -15,7 +15,7 @@ const LANES: usize = 16;
 /// Registers across a panel.
 const WIDE: usize = PANEL / LANES;
 /// Bytes that are fetched ahead of the pair in use: far enough for DRAM latency at one row.
-const PREFETCH: usize = 3072;
+const PREFETCH: usize = 4096;
 
 /// Proof that the machine has the instruction set; made by [`new`](Self::new) only.
 #[derive(Clone, Copy)]
@@ -331,11 +331,18 @@ unsafe fn decode_row(kind: Fp8Kind, codes: &[u8], words: &mut [u32]) {
 /// `codes` is whole pairs of 128 codes, and `words` has half as many elements.
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512bf16")]
 unsafe fn decode_panel<const FNUZ: bool>(kind: Fp8Kind, codes: &[u8], words: &mut [u32]) {
-    let pairs = codes.len() / (2 * PANEL);
-    let lines = Fp8Lines::<FNUZ> { first: codes.as_ptr(), pairs, table: Fp8Table::new(kind) };
-    for (pair, words) in words.chunks_exact_mut(PANEL).enumerate() {
-        // SAFETY: the caller compared the lengths, so `pair` is inside the run.
-        let line = unsafe { lines.load(pair) };
+    let table = Fp8Table::new(kind);
+    for (line, words) in codes.chunks_exact(2 * PANEL).zip(words.chunks_exact_mut(PANEL)) {
+        // SAFETY: a chunk is two registers of codes. A prefetch may point anywhere.
+        let line = unsafe {
+            let [near, far] = [line.as_ptr(), line[PANEL..].as_ptr()];
+            // The next run is fetched now, to arrive while the tiles of this one are multiplied.
+            _mm_prefetch::<_MM_HINT_T1>(near.wrapping_add(codes.len()).cast());
+            _mm_prefetch::<_MM_HINT_T1>(far.wrapping_add(codes.len()).cast());
+            let [a, b] = table.interleave::<FNUZ>(_mm512_loadu_si512(near.cast()));
+            let [c, d] = table.interleave::<FNUZ>(_mm512_loadu_si512(far.cast()));
+            [a, b, c, d]
+        };
         for (words, line) in words.chunks_exact_mut(LANES).zip(line) {
             // SAFETY: a chunk is one register of words.
             unsafe { _mm512_storeu_si512(words.as_mut_ptr().cast(), line) };
