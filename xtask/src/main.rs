@@ -1,2 +1,75 @@
-//! xtask
-fn main() {}
+//! Repository tasks. `cargo xtask check` is what a commit must pass; `cargo xtask --help` lists the rest.
+
+mod check;
+mod matrix;
+mod new_backend;
+mod repo;
+mod steps;
+mod tidy;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::matrix::MatrixAction;
+use crate::new_backend::{BackendKind, NewBackend};
+use crate::repo::Repo;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Checks and chores of this repository")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Formatting, clippy, docs, tests and tidy: what a commit must pass.
+    Check,
+    /// All tests of the workspace, doctests included.
+    Test,
+    /// The repository's own rules: dependency direction, SAFETY comments, file sizes, links, the README's table.
+    Tidy,
+    /// Writes the support table that `fmoe matrix` prints into README.md.
+    Matrix {
+        /// Only fail if the table in README.md is not what `fmoe matrix` prints.
+        #[arg(long, conflicts_with = "full")]
+        check: bool,
+        /// Run the full combination matrix test instead, in release; this takes long.
+        #[arg(long)]
+        full: bool,
+    },
+    /// Makes a backend crate that compiles and refuses every configuration.
+    NewBackend {
+        /// Package name, as in `mori-comm`: lower case, digits, single hyphens, ending in the kind.
+        name: String,
+        /// Stages 2 and 4 (comm) or stage 3 (experts).
+        #[arg(long)]
+        kind: BackendKind,
+        /// Folder that the crate's folder is made in; `crates` of this repository unless given.
+        #[arg(long)]
+        path: Option<PathBuf>,
+    },
+}
+
+fn main() -> ExitCode {
+    let outcome = Repo::find().and_then(|repo| match Cli::parse().task {
+        Task::Check => check::check(&repo),
+        Task::Test => check::test(&repo),
+        Task::Tidy => tidy::tidy(&repo),
+        Task::Matrix { full: true, .. } => matrix::matrix(&repo, MatrixAction::FullTest),
+        Task::Matrix { check: true, .. } => matrix::matrix(&repo, MatrixAction::Compare),
+        Task::Matrix { .. } => matrix::matrix(&repo, MatrixAction::Write),
+        Task::NewBackend { name, kind, path } => {
+            new_backend::new_backend(&repo, &NewBackend { name, kind, path })
+        }
+    });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,35 @@
+//! `check` and `test`.
+
+use anyhow::Result;
+
+use crate::repo::Repo;
+use crate::steps::Steps;
+use crate::tidy;
+
+/// What a commit must pass. All steps use the dev profile, so dependencies are built once per kind of artefact.
+pub fn check(repo: &Repo) -> Result<()> {
+    let mut steps = Steps::new("check");
+    steps.command("fmt", repo.cargo().args(["fmt", "--all", "--check"]))?;
+    let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
+    steps.command("clippy", repo.cargo().args(clippy))?;
+    let doc = ["doc", "--quiet", "--no-deps", "--workspace"];
+    steps.command("doc", repo.cargo().args(doc).env("RUSTDOCFLAGS", "-D warnings"))?;
+    test_steps(repo, &mut steps)?;
+    steps.step("tidy", || tidy::tidy(repo))?;
+    steps.finish();
+    Ok(())
+}
+
+/// All tests of the workspace.
+pub fn test(repo: &Repo) -> Result<()> {
+    let mut steps = Steps::new("test");
+    test_steps(repo, &mut steps)?;
+    steps.finish();
+    Ok(())
+}
+
+/// Building and running are two steps, so that the times say which one is slow.
+fn test_steps(repo: &Repo, steps: &mut Steps) -> Result<()> {
+    steps.command("build tests", repo.cargo().args(["test", "--quiet", "--workspace", "--no-run"]))?;
+    steps.command("test", repo.cargo().args(["test", "--workspace"]))
+}
