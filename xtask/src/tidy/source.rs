@@ -147,7 +147,7 @@ mod tests {
         assert_eq!(code("a // b\nc"), "a     \nc");
         assert_eq!(code("a /* b /* c */ d */ e"), "a                   e");
         assert_eq!(code(r#"f("x // \" y") // z"#), r#"f("         ")     "#);
-        assert_eq!(code("r#\"a \" b\"# c"), "r          # c");
+        assert_eq!(code("r#\"a \" b\"# c"), "r        # c");
         assert_eq!(code("b\"a\" c"), "b\" \" c");
     }
 
