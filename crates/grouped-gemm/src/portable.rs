@@ -56,45 +56,32 @@ impl Kernel for Portable {
     }
 }
 
+/// Takes 128 of K at a time: that much of a panel is 16 KiB, which stays in L1 for all its columns.
 fn multiply<const M: usize>(tile: Tile<'_>, panel: &[u32]) {
     let pairs = panel.len() / PANEL;
     let rows: [&[u32]; M] = std::array::from_fn(|row| &tile.words[row * tile.pitch..][..pairs]);
-    for column in (0..PANEL).step_by(COLUMNS) {
-        let mut sums: [[f32; COLUMNS]; M] = std::array::from_fn(|row| {
-            let at = row * tile.sums_pitch + column;
-            tile.sums[at..at + COLUMNS].try_into().expect("a run of COLUMNS floats")
-        });
-        match tile.scales {
-            None => accumulate(&mut sums, rows, &panel[column..]),
-            Some(scales) => {
-                let half = column / (PANEL / 2);
-                accumulate_blocks(&mut sums, rows, &panel[column..], |row, block| {
-                    scales.at(row, block)[half]
-                });
+    for (block, panel) in panel.chunks(BLOCK_PAIRS * PANEL).enumerate() {
+        let start = block * BLOCK_PAIRS;
+        let rows = rows.map(|row| &row[start..start + panel.len() / PANEL]);
+        for column in (0..PANEL).step_by(COLUMNS) {
+            let at = |row: usize| row * tile.sums_pitch + column..row * tile.sums_pitch + column + COLUMNS;
+            let mut sums: [[f32; COLUMNS]; M] =
+                std::array::from_fn(|row| tile.sums[at(row)].try_into().expect("a run of COLUMNS floats"));
+            match tile.scales {
+                None => accumulate(&mut sums, rows, &panel[column..]),
+                Some(scales) => {
+                    let mut products = [[0.0; COLUMNS]; M];
+                    accumulate(&mut products, rows, &panel[column..]);
+                    for (row, products) in products.into_iter().enumerate() {
+                        let scale = scales.at(row, block)[column / (PANEL / 2)];
+                        for (sum, product) in sums[row].iter_mut().zip(products) {
+                            *sum += product * scale;
+                        }
+                    }
+                }
             }
-        }
-        for (row, sums) in sums.iter().enumerate() {
-            let at = row * tile.sums_pitch + column;
-            tile.sums[at..at + COLUMNS].copy_from_slice(sums);
-        }
-    }
-}
-
-fn accumulate_blocks<const M: usize>(
-    sums: &mut [[f32; COLUMNS]; M],
-    rows: [&[u32]; M],
-    panel: &[u32],
-    scale: impl Fn(usize, usize) -> f32,
-) {
-    let pairs = rows[0].len();
-    for (block, start) in (0..pairs).step_by(BLOCK_PAIRS).enumerate() {
-        let end = (start + BLOCK_PAIRS).min(pairs);
-        let mut products = [[0.0; COLUMNS]; M];
-        accumulate(&mut products, rows.map(|row| &row[start..end]), &panel[start * PANEL..]);
-        for row in 0..M {
-            let scale = scale(row, block);
-            for (sum, product) in sums[row].iter_mut().zip(products[row]) {
-                *sum += product * scale;
+            for (row, sums) in sums.iter().enumerate() {
+                tile.sums[at(row)].copy_from_slice(sums);
             }
         }
     }
