@@ -108,6 +108,7 @@ pub use negotiate::{
 };
 pub use provider::{
     Experts, ExpertsProvider, PrepareFinalize, PrepareFinalizeProvider, WireBytes, check_expert_count,
+    expected_remote_ranks,
 };
 
 pub use factory::{MakeError, RefusedPair, Registry, Selection, Survey, maybe_make_prepare_finalize};

@@ -83,11 +83,8 @@ pub trait PrepareFinalizeProvider: Send + Sync {
     /// Bytes of buffers on each rank for a plan; exactly what [`PrepareFinalizeProvider::build`] allocates.
     fn required_bytes(&self, config: &MoeConfig, plan: &Plan) -> usize;
 
-    /// Bytes that one token of the caller puts on the wire in dispatch and in combine if it goes to one rank.
-    fn wire_bytes_per_copy(&self, config: &MoeConfig, plan: &Plan) -> WireBytes {
-        let dispatch = plan.wire().payload_bytes(config.hidden) + plan.wire().scale_bytes(config.hidden);
-        WireBytes { dispatch, combine: config.hidden * config.in_dtype.size_bytes() }
-    }
+    /// Bytes that one token is expected to move between ranks when routing is uniform.
+    fn wire_bytes_per_token(&self, config: &MoeConfig, plan: &Plan) -> WireBytes;
 
     /// Builds this rank's end. Collective.
     ///
@@ -96,13 +93,28 @@ pub trait PrepareFinalizeProvider: Send + Sync {
     fn build(&self, config: &MoeConfig, plan: &Plan, group: &dyn ProcessGroup) -> Result<PrepareFinalize>;
 }
 
-/// Bytes per token and copy, payload and everything that travels with it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Expected bytes per token between ranks; what stays on the token's own rank does not count.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct WireBytes {
-    /// From the token's rank to an expert's rank.
-    pub dispatch: usize,
-    /// And back.
-    pub combine: usize,
+    /// From the token's rank: payload, scales, and everything that travels with them.
+    pub dispatch: f64,
+    /// Until its output is back.
+    pub combine: f64,
+}
+
+/// Ranks other than its own that a token is expected to go to when its `top_k` experts are drawn uniformly without
+/// replacement: the sum over ranks `r` of `(1 − C(E − eᵣ, k) / C(E, k))`, times `(N − 1) / N` since its own rank is
+/// any of the N alike.
+pub fn expected_remote_ranks(config: &MoeConfig) -> f64 {
+    let (experts, ranks) = (config.num_experts(), config.ep_size());
+    let hit = |rank| {
+        let held = config.placement.num_local_experts(Rank(rank as u32));
+        // C(E − e, k) / C(E, k) as a product, which neither overflows nor cancels.
+        let missed =
+            (0..config.top_k).map(|i| (experts - held).saturating_sub(i) as f64 / (experts - i) as f64);
+        1.0 - missed.product::<f64>()
+    };
+    (0..ranks).map(hit).sum::<f64>() * (ranks - 1) as f64 / ranks as f64
 }
 
 /// Makes one kind of experts backend, and packs weights for it.

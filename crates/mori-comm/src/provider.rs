@@ -4,6 +4,7 @@ use ep_transport::transport_of;
 use fused_moe_core::{
     Axis, DType, DeviceKind, Error, KernelKind, MoeConfig, Plan, PrepareCaps, PrepareFinalize,
     PrepareFinalizeProvider, ProcessGroup, Result, Stage, Support, Unsupported, WireBytes, WireFormat,
+    expected_remote_ranks,
 };
 
 use crate::buffers::Buffers;
@@ -39,9 +40,13 @@ impl PrepareFinalizeProvider for MoriBackend {
         Buffers::new(config, plan).required_bytes() + IntraNode::local_bytes(config, plan)
     }
 
-    fn wire_bytes_per_copy(&self, config: &MoeConfig, plan: &Plan) -> WireBytes {
+    fn wire_bytes_per_token(&self, config: &MoeConfig, plan: &Plan) -> WireBytes {
         let buffers = Buffers::new(config, plan);
-        WireBytes { dispatch: buffers.dispatch_row_bytes(), combine: buffers.combine_row_bytes() }
+        let copies = expected_remote_ranks(config);
+        WireBytes {
+            dispatch: copies * buffers.dispatch_row_bytes() as f64,
+            combine: copies * buffers.combine_row_bytes() as f64,
+        }
     }
 
     fn build(&self, config: &MoeConfig, plan: &Plan, group: &dyn ProcessGroup) -> Result<PrepareFinalize> {
