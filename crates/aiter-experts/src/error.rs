@@ -1,0 +1,129 @@
+//! What can be wrong with a call or with the weights: the source of every error of this backend.
+
+use fused_moe_core::{DType, Error, GlobalExpertId, Stage, TensorView, ViewError};
+use grouped_gemm::GemmError;
+use quant::QuantError;
+
+use crate::NAME;
+
+/// Why weights are not packed or a call is not run.
+///
+/// Callers get it as the source of an [`Error`] of kind `Contract`.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AiterError {
+    /// A weight tensor, or its scale, that is not what the configuration asks for.
+    #[error("{tensor} of expert {} needs {wanted}, found {found}", expert.0)]
+    Weight {
+        /// The expert.
+        expert: GlobalExpertId,
+        /// `gate`, `up` or `down`, or one of these and `scale`.
+        tensor: &'static str,
+        /// What the configuration asks for.
+        wanted: String,
+        /// What was given.
+        found: String,
+    },
+    /// Packed weights that were made for another configuration.
+    #[error("the weights were packed for {found}, this kernel runs {wanted}")]
+    WeightsOf {
+        /// What the kernel was built for.
+        wanted: String,
+        /// What the weights were packed for.
+        found: String,
+    },
+    /// A plan that this backend did not negotiate.
+    #[error("the plan {what} {found}, needs {wanted}")]
+    Plan {
+        /// The part of the plan.
+        what: &'static str,
+        /// What this backend runs.
+        wanted: String,
+        /// What the plan says.
+        found: String,
+    },
+    /// A configuration that the backend refuses.
+    #[error("the configuration is not supported: {0}")]
+    Refused(String),
+    /// A tensor of a call that does not fit.
+    #[error("{tensor} is {found}, needs {wanted}")]
+    Tensor {
+        /// Which tensor.
+        tensor: &'static str,
+        /// What the kernel reads or writes.
+        wanted: String,
+        /// What was lent.
+        found: String,
+    },
+    /// More rows than the kernel was built for, or than token ids can number.
+    #[error("{rows} rows were received, at most {max} are possible")]
+    TooManyRows {
+        /// Rows received.
+        rows: usize,
+        /// The most there can be.
+        max: usize,
+    },
+    /// More experts per token than a sorted token id can number.
+    #[error("top-k {top_k} does not fit the 8 bits of a slot (at most {})", crate::MAX_TOP_K)]
+    TopK {
+        /// Experts per token.
+        top_k: usize,
+    },
+    /// An id that names no expert and is not the padding id -1.
+    #[error("expert id {id} of row {row} slot {slot} is neither -1 nor below {num_experts}")]
+    ExpertId {
+        /// The row.
+        row: usize,
+        /// The slot in the row.
+        slot: usize,
+        /// The id.
+        id: i32,
+        /// Experts over all ranks.
+        num_experts: usize,
+    },
+    /// One expert twice in one row.
+    #[error("row {row} names expert {id} twice")]
+    DuplicateExpertId {
+        /// The row.
+        row: usize,
+        /// The id.
+        id: i32,
+    },
+    /// A sorting buffer that is too short.
+    #[error("the {buffer} of the sort need room for {wanted} entries, found {found}")]
+    SortBuffer {
+        /// Which buffer.
+        buffer: &'static str,
+        /// Entries that are needed.
+        wanted: usize,
+        /// Entries that there are.
+        found: usize,
+    },
+    /// A lent tensor cannot be read or written, or the workspace is too small.
+    #[error(transparent)]
+    View(#[from] ViewError),
+    /// Activations cannot be quantised.
+    #[error(transparent)]
+    Quant(#[from] QuantError),
+    /// Weights cannot be packed or multiplied.
+    #[error(transparent)]
+    Gemm(#[from] GemmError),
+}
+
+impl AiterError {
+    /// A tensor of a call that is not `[rows, columns]` of `dtype`.
+    pub(crate) fn tensor(tensor: &'static str, view: &TensorView<'_>, wanted: String) -> Self {
+        AiterError::Tensor { tensor, wanted, found: shape(view.dims(), view.dtype()) }
+    }
+}
+
+impl From<AiterError> for Error {
+    fn from(error: AiterError) -> Self {
+        Error::contract(Stage::Experts, NAME, error)
+    }
+}
+
+/// Dimensions and element type as they are printed.
+pub(crate) fn shape(dims: &[usize], dtype: DType) -> String {
+    format!("{dims:?} of {dtype}")
+}

@@ -1,0 +1,255 @@
+//! The built kernel: sort, gemm1 with its activation, gemm2, sum.
+
+use fused_moe_core::{
+    Arrived, Dispatched, ExecCx, ExpertMask, ExpertWeights, ExpertsCaps, ExpertsModular, MoeConfig, Plan,
+    Rank, Result, RouterWeight, TensorViewMut, WireFormat,
+};
+use grouped_gemm::{Activations, Bf16Rows, Epilogue, Executor, F32Rows, Group, GroupedGemm, PackedWeight};
+use half::bf16;
+
+use crate::moe_sorting::{MAX_TOKENS, MoeSorting, SortedTokens};
+use crate::quantize::Codes;
+use crate::reduce::sum_slots;
+use crate::rows::{Pitched, PitchedMut};
+use crate::scheme::{Scheme, Supported, caps};
+use crate::weights::{AiterWeights, Gemms, Packed, WeightLayout};
+use crate::workspace::{CodeSizes, Sizes};
+use crate::{AiterError, NAME};
+
+/// Entries per block of the sorted order. The host's GEMM takes groups of any size, so nothing is padded.
+const BLOCK_M: std::num::NonZeroUsize = std::num::NonZeroUsize::MIN;
+
+/// Sizes of every temporary of a kernel for `plan`, the same on every rank: those of the rank with most experts.
+pub(crate) fn sizes(config: &MoeConfig, plan: &Plan, executor: &Executor) -> Result<Sizes, AiterError> {
+    let scheme = Supported::of(config)?.scheme;
+    let ranks = (0..config.ep_size() as u32).map(Rank);
+    let busiest = ranks.max_by_key(|&rank| config.placement.num_local_experts(rank)).unwrap_or(Rank(0));
+    let sorting = MoeSorting::new(&ExpertMask::new(&config.placement, busiest), config.top_k, BLOCK_M)?;
+    let (rows, hidden, intermediate) = (plan.max_rows(), config.hidden, config.intermediate);
+    let sort = sorting.sizes(rows);
+    let input = match scheme {
+        Scheme::Fp8(fp8) if plan.wire().scale.is_some() => CodeSizes::scales_of(fp8, [rows, hidden]),
+        _ => CodeSizes::of(scheme, [rows, hidden]),
+    };
+    let activated = CodeSizes::of(scheme, [sort.entries, intermediate]);
+    Ok(Sizes { sort, rows, hidden, intermediate, input, activated, gemm_scratch: executor.scratch_bytes() })
+}
+
+/// Experts of one rank for one configuration and plan.
+#[derive(Debug)]
+pub(crate) struct AiterKernel {
+    caps: ExpertsCaps,
+    epilogue: Epilogue,
+    wire: WireFormat,
+    layout: WeightLayout,
+    sizes: Sizes,
+    sorting: MoeSorting,
+    executor: Executor,
+}
+
+/// The sorted rows of a call as the GEMMs take them.
+struct Work<'a> {
+    sorted: &'a SortedTokens<'a>,
+    /// Received row of each entry.
+    gather: &'a [u32],
+    groups: &'a [Group],
+}
+
+/// Temporaries between the two GEMMs.
+struct Between<'a> {
+    activated: &'a mut [bf16],
+    codes: Codes<'a>,
+    scratch: &'a mut [u8],
+}
+
+impl AiterKernel {
+    pub(crate) fn new(
+        config: &MoeConfig,
+        plan: &Plan,
+        rank: Rank,
+        executor: Executor,
+    ) -> Result<Self, AiterError> {
+        let supported = Supported::of(config)?;
+        let caps = caps(config);
+        check_plan(plan, &caps)?;
+        let layout = WeightLayout {
+            scheme: supported.scheme,
+            experts: config.placement.num_local_experts(rank),
+            hidden: config.hidden,
+            intermediate: config.intermediate,
+        };
+        let sorting = MoeSorting::new(&ExpertMask::new(&config.placement, rank), config.top_k, BLOCK_M)?;
+        let sizes = sizes(config, plan, &executor)?;
+        let (wire, isa) = (plan.wire(), executor.isa());
+        tracing::debug!(%layout, %wire, %isa, workspace_bytes = sizes.bytes(), "built experts");
+        Ok(Self { caps, epilogue: supported.epilogue, wire, layout, sizes, sorting, executor })
+    }
+
+    fn run(
+        &self,
+        cx: &mut ExecCx<'_>,
+        weights: &ExpertWeights,
+        input: &Dispatched<'_>,
+        out: TensorViewMut<'_>,
+    ) -> Result<(), AiterError> {
+        let packed = self.packed(weights)?;
+        let Arrived::Standard { topk, rows } = input.arrived else {
+            let (tensor, wanted) = ("the received batch", "[rows, hidden] with top-k".into());
+            return Err(AiterError::Tensor { tensor, wanted, found: "one batch per expert".into() });
+        };
+        let (rows, hidden) = (rows.on_host()?, self.layout.hidden);
+        if rows > self.sizes.rows {
+            return Err(AiterError::TooManyRows { rows, max: self.sizes.rows });
+        }
+        let out = PitchedMut::new("the output", out, [rows, hidden])?;
+        let pieces = self.sizes.carve(&mut cx.workspace.reborrow())?;
+        let sorted = self.sorting.sort(topk, rows, pieces.sort)?;
+        let x = self.activations(input, rows, pieces.input)?;
+
+        for (row, id) in pieces.gather.iter_mut().zip(sorted.token_ids) {
+            *row = id.token() as u32;
+        }
+        let groups = sorted.experts().map(|(expert, rows)| Group { rows, expert: expert.0 as usize });
+        let work = Work { sorted: &sorted, gather: pieces.gather, groups: pieces.groups.fill(groups) };
+        let between = Between {
+            activated: pieces.activated,
+            codes: pieces.activated_codes,
+            scratch: pieces.gemm_scratch,
+        };
+        if !work.groups.is_empty() {
+            match packed {
+                Packed::Bf16(gemms) => self.multiply(gemms, x, work, between, pieces.products)?,
+                Packed::Fp8(gemms) => self.multiply(gemms, x, work, between, pieces.products)?,
+            }
+        }
+        sum_slots(&sorted, Pitched::dense(pieces.products, hidden), out);
+        Ok(())
+    }
+
+    /// The weights, if they were packed for this kernel.
+    fn packed<'w>(&self, weights: &'w ExpertWeights) -> Result<&'w Packed, AiterError> {
+        let refused = |found| AiterError::WeightsOf { wanted: self.layout.to_string(), found };
+        match weights.packed::<AiterWeights>() {
+            Some(weights) if weights.layout == self.layout => Ok(&weights.packed),
+            Some(weights) => Err(refused(weights.layout.to_string())),
+            None => Err(refused(format!("backend {}", weights.backend()))),
+        }
+    }
+
+    /// The received rows as gemm1 reads them.
+    fn activations<'a>(
+        &self,
+        input: &Dispatched<'a>,
+        rows: usize,
+        codes: Codes<'a>,
+    ) -> Result<Activations<'a>, AiterError> {
+        const HIDDEN: &str = "the received tensor";
+        const SCALES: &str = "the received scale tensor";
+        let columns = self.layout.hidden;
+        if input.hidden.dtype() != self.wire.payload {
+            return Err(AiterError::tensor(HIDDEN, &input.hidden, self.wire.payload.to_string()));
+        }
+        if input.scale.is_some() != self.wire.scale.is_some() {
+            let [wanted, found] = [self.wire.scale.is_some(), input.scale.is_some()]
+                .map(|is_there| if is_there { "there" } else { "absent" }.to_string());
+            return Err(AiterError::Tensor { tensor: SCALES, wanted, found });
+        }
+        match (self.layout.scheme, input.scale) {
+            (Scheme::Fp8(fp8), Some(scales)) => {
+                let hidden = Pitched::new(HIDDEN, input.hidden, [rows, columns])?;
+                let scales = Pitched::new(SCALES, scales, [rows, fp8.scaling.scales_per_row(columns)])?;
+                Ok(fp8.arrived(hidden, scales, codes))
+            }
+            (scheme, _) => {
+                let hidden = Pitched::new(HIDDEN, input.hidden, [rows, columns])?;
+                match scheme {
+                    Scheme::Bf16 => Ok(Activations::Bf16(hidden.for_gemm())),
+                    Scheme::Fp8(fp8) => fp8.quantize(hidden, codes),
+                }
+            }
+        }
+    }
+
+    /// gemm1, activation, second quantisation, gemm2: writes the weighted `products`, `[entries, hidden]`.
+    fn multiply<W: PackedWeight>(
+        &self,
+        gemms: &Gemms<W>,
+        x: Activations<'_>,
+        work: Work<'_>,
+        between: Between<'_>,
+        products: &mut [f32],
+    ) -> Result<(), AiterError> {
+        let WeightLayout { scheme, hidden, intermediate, .. } = self.layout;
+        let Between { activated, codes, scratch } = between;
+        let activated = &mut activated[..work.sorted.token_ids.len() * intermediate];
+        let gemm1 = GroupedGemm {
+            weights: &gemms.w13,
+            activations: x,
+            gather: Some(work.gather),
+            groups: work.groups,
+            router_weights: None,
+            epilogue: self.epilogue,
+        };
+        // The rounding to bf16 before the second quantisation is part of the contract.
+        self.executor.run(&gemm1, scratch, &Bf16Rows::new(activated, intermediate, intermediate)?)?;
+        let activated = Pitched::dense(&*activated, intermediate);
+        let gemm2 = GroupedGemm {
+            weights: &gemms.w2,
+            activations: match scheme {
+                Scheme::Bf16 => Activations::Bf16(activated.for_gemm()),
+                Scheme::Fp8(fp8) => fp8.quantize(activated, codes)?,
+            },
+            gather: None,
+            groups: work.groups,
+            router_weights: Some(work.sorted.weights),
+            epilogue: Epilogue::Products,
+        };
+        Ok(self.executor.run(&gemm2, scratch, &F32Rows::new(products, hidden, hidden)?)?)
+    }
+}
+
+impl ExpertsModular for AiterKernel {
+    fn caps(&self) -> &ExpertsCaps {
+        &self.caps
+    }
+
+    fn workspace_bytes(&self) -> usize {
+        self.sizes.bytes()
+    }
+
+    fn apply(
+        &self,
+        cx: &mut ExecCx<'_>,
+        weights: &ExpertWeights,
+        input: &Dispatched<'_>,
+        out: TensorViewMut<'_>,
+    ) -> Result<()> {
+        Ok(self.run(cx, weights, input, out)?)
+    }
+}
+
+/// Refuses a plan that was negotiated with other experts or with other capabilities.
+fn check_plan(plan: &Plan, caps: &ExpertsCaps) -> Result<(), AiterError> {
+    let refused =
+        |what, wanted: &str, found: String| Err(AiterError::Plan { what, wanted: wanted.to_string(), found });
+    if plan.experts() != NAME {
+        return refused("is for the experts", NAME, plan.experts().into());
+    }
+    if plan.format() != caps.format {
+        return refused("has the activation format", caps.format.name(), plan.format().name().into());
+    }
+    if !plan.weight_and_reduce().is_no_op() {
+        return refused("weights and reduces by", "no-op", plan.weight_and_reduce().name().into());
+    }
+    if plan.router_weight() == RouterWeight::OnInputByExperts {
+        return refused("applies the routing weight", "elsewhere", "in the experts, on the input".into());
+    }
+    if !caps.accepts.contains(&plan.wire()) {
+        let accepts: Vec<_> = caps.accepts.iter().map(ToString::to_string).collect();
+        return refused("dispatches", &accepts.join(" or "), plan.wire().to_string());
+    }
+    if plan.max_rows() >= MAX_TOKENS {
+        return refused("receives", &format!("fewer than {MAX_TOKENS} rows"), plan.max_rows().to_string());
+    }
+    Ok(())
+}

@@ -1,0 +1,69 @@
+//! The provider: what a registry asks.
+
+use fused_moe_core::{
+    ExpertMatrices, ExpertWeights, Experts, ExpertsCaps, ExpertsProvider, MoeConfig, Plan, Rank, Result,
+    Support, check_expert_count,
+};
+use grouped_gemm::Executor;
+
+use crate::NAME;
+use crate::kernel::{AiterKernel, sizes};
+use crate::scheme::{Supported, caps};
+use crate::weights::AiterWeights;
+
+/// Makes host experts with AITER's contract, named `aiter`.
+///
+/// They read the standard format with i32 global ids, and their output is weighted and reduced. Dispatch may
+/// bring rows quantised by the scheme (preferred) or in bf16, which the experts then quantise themselves.
+#[derive(Clone, Copy, Debug)]
+pub struct AiterExperts {
+    executor: Executor,
+}
+
+impl AiterExperts {
+    /// Experts on the fastest instruction set, with the threads of rayon's global pool.
+    pub fn new() -> Self {
+        Self::with_executor(Executor::detect())
+    }
+
+    /// Experts whose GEMMs run on `executor`. The number of threads does not change a bit of the result; the
+    /// instruction set may.
+    pub fn with_executor(executor: Executor) -> Self {
+        Self { executor }
+    }
+}
+
+impl Default for AiterExperts {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl ExpertsProvider for AiterExperts {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn supports(&self, config: &MoeConfig) -> Support<ExpertsCaps> {
+        match Supported::resolve(config) {
+            Ok(_) => Support::Supported(caps(config)),
+            Err(reasons) => Support::Unsupported(reasons),
+        }
+    }
+
+    /// As the trait says; 0 for a configuration that is not supported.
+    fn workspace_bytes(&self, config: &MoeConfig, plan: &Plan) -> usize {
+        sizes(config, plan, &self.executor).map_or(0, |sizes| sizes.bytes())
+    }
+
+    fn build(&self, config: &MoeConfig, plan: &Plan, rank: Rank) -> Result<Experts> {
+        Ok(Experts::Modular(Box::new(AiterKernel::new(config, plan, rank, self.executor)?)))
+    }
+
+    fn pack(&self, config: &MoeConfig, rank: Rank, experts: &[ExpertMatrices<'_>]) -> Result<ExpertWeights> {
+        check_expert_count(NAME, config, rank, experts)?;
+        let weights = AiterWeights::pack(config, rank, experts)?;
+        let bytes = weights.bytes();
+        Ok(ExpertWeights::new(NAME, weights, bytes))
+    }
+}
