@@ -1,0 +1,5 @@
+//! Whole rounds of the three backends over threads, with experts whose answer can be computed directly.
+
+mod forwarding;
+mod layer;
+mod sizes;
