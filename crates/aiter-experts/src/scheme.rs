@@ -100,12 +100,16 @@ impl Supported {
         }
     }
 
-    /// The same, with one error that lists all reasons.
+    /// The same, with one error that lists all reasons, those that no backend could accept included.
     pub(crate) fn of(config: &MoeConfig) -> Result<Self, AiterError> {
-        Self::resolve(config).map_err(|reasons| {
-            let reasons: Vec<String> = reasons.iter().map(ToString::to_string).collect();
-            AiterError::Refused(reasons.join("; "))
-        })
+        let mut reasons = config.contradictions();
+        match Self::resolve(config) {
+            Ok(supported) if reasons.is_empty() => return Ok(supported),
+            Ok(_) => {}
+            Err(more) => reasons.extend(more),
+        }
+        let reasons: Vec<String> = reasons.iter().map(ToString::to_string).collect();
+        Err(AiterError::Refused(reasons.join("; ")))
     }
 }
 
