@@ -19,7 +19,8 @@ pub enum Stream {
     },
 }
 
-/// Alignment in bytes of every piece that an [`Arena`] hands out.
+/// Alignment in bytes of every piece that an [`Arena`] hands out, if the memory under it has it, too; a
+/// [`crate::Workspace`] has.
 pub const ARENA_ALIGN: usize = 256;
 
 /// A lent byte range that a stage divides among its temporaries, front to back.
@@ -36,7 +37,7 @@ impl<'a> Arena<'a> {
         Self { rest: memory }
     }
 
-    /// Bytes that a request for `len` elements of `T` takes at most, alignment included.
+    /// Bytes that a request for `len` elements of `T` takes of memory aligned to [`ARENA_ALIGN`].
     pub const fn bytes_for<T>(len: usize) -> usize {
         (len * size_of::<T>()).next_multiple_of(ARENA_ALIGN)
     }
@@ -56,23 +57,23 @@ impl<'a> Arena<'a> {
     /// # Errors
     /// [`ViewError::OutOfBounds`] if less is left: the backend asked for less in `workspace_bytes` than it uses.
     pub fn take<T: Element>(&mut self, len: usize) -> Result<&'a mut [T], ViewError> {
-        let bytes = len * size_of::<T>();
         let have = self.remaining();
         let (base, device) = (self.rest.as_view().address(), self.rest.device());
         let skip = base.next_multiple_of(align_of::<T>()) - base;
-        if bytes + skip > have {
+        let end = len.saturating_mul(size_of::<T>()).saturating_add(skip);
+        if end > have {
             return Err(ViewError::OutOfBounds {
                 dims: vec![len],
                 strides: vec![1],
                 offset: 0,
-                end: bytes + skip,
+                end,
                 len: have,
             });
         }
         if device.kind != crate::dtype::DeviceKind::Host {
             return Err(ViewError::NotHost { device });
         }
-        let used = (bytes + skip).next_multiple_of(ARENA_ALIGN).min(have);
+        let used = end.next_multiple_of(ARENA_ALIGN).min(have);
         let start = base as *mut u8;
         let rest = Allocation {
             base: start.wrapping_add(used),
@@ -83,7 +84,7 @@ impl<'a> Arena<'a> {
         // SAFETY: `rest` is the tail of the exclusively borrowed range; the head is given away below, so the two
         // never overlap.
         self.rest = unsafe { TensorViewMut::from_allocation(rest, Layout::contiguous(&[have - used]))? };
-        // SAFETY: `[skip, skip + bytes)` lies inside the range that was exclusively borrowed for `'a`, is
+        // SAFETY: `[skip, end)` lies inside the range that was exclusively borrowed for `'a`, is
         // aligned for `T`, is no longer part of `self.rest`, and any bit pattern is a `T` (`Element`).
         Ok(unsafe { std::slice::from_raw_parts_mut(start.wrapping_add(skip).cast(), len) })
     }

@@ -134,6 +134,7 @@ fn agree(config: &MoeConfig, plan: Option<&Plan>, group: &dyn ProcessGroup) -> R
     fields.push(("comm", plan.map_or("none", Plan::comm).to_string()));
     fields.push(("experts", plan.map_or("none", Plan::experts).to_string()));
     fields.push(("wire", plan.map_or("none".into(), |p| p.wire().to_string())));
+    fields.push(("max_rows", plan.map_or("none".into(), |p| p.max_rows().to_string())));
     let mine: Vec<String> = fields.iter().map(|(name, value)| format!("{name}={value}")).collect();
     let all = group.all_gather(mine.join("\n").as_bytes())?;
     for (rank, theirs) in all.iter().enumerate() {
@@ -305,9 +306,13 @@ impl Registry {
         selection: Selection<'_>,
         group: &dyn ProcessGroup,
     ) -> Result<FusedMoEKernel, MakeError> {
-        let survey = self.survey(config, selection)?;
+        let survey = self.survey(config, selection);
+        let plan = survey.as_ref().ok().and_then(|survey| survey.fitting.first());
+        // A rank that cannot even look takes part, so that the others need not wait for their deadline.
+        let agreed = agree(config, plan, group);
+        let survey = survey?;
+        agreed?;
         let plan = survey.fitting.first();
-        agree(config, plan, group)?;
         let plan = plan.cloned().ok_or(MakeError::NoneFits(survey.refused))?;
         let rank = group.rank();
         let experts = self.experts(plan.experts())?.build(config, &plan, rank)?;

@@ -81,6 +81,8 @@ impl Fault {
             Fault::ExpertsFailed => [8, 0, 0, 0],
             Fault::OverlapFailed => [9, 0, 0, 0],
             Fault::Abandoned => [10, 0, 0, 0],
+            // A peer must never read a fault as success.
+            Fault::Unknown { code: 0 } => [u32::MAX, 0, 0, 0],
             Fault::Unknown { code } => [code, 0, 0, 0],
         }
     }

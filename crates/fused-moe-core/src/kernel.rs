@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::config::MoeConfig;
-use crate::error::{Error, Result, Stage};
+use crate::error::{Error, ErrorKind, Result, Stage};
 use crate::exec::{ExecCx, Stream};
 use crate::experts::ExpertWeights;
 use crate::fault::Fault;
@@ -148,6 +148,7 @@ pub struct Call<'a, R> {
 pub struct ComposedKernel<K: Kind> {
     config: MoeConfig,
     plan: Plan,
+    rank: Rank,
     experts_map: ExpertMap,
     buffers: Buffers,
     times: StageTimes,
@@ -184,6 +185,7 @@ impl<K: Kind> ComposedKernel<K> {
         Ok(Self {
             config,
             plan,
+            rank,
             experts_map,
             buffers,
             times: StageTimes::default(),
@@ -224,6 +226,8 @@ impl<K: Kind> ComposedKernel<K> {
     /// `PeerLost`, after which it is not.
     pub fn apply<'a>(&mut self, mut call: Call<'a, K::Routing<'a>>) -> Result<()> {
         let start = Instant::now();
+        self.times = StageTimes::default();
+        let rank = self.rank;
         // A call that cannot succeed must not leave the peers waiting: it takes part with zero tokens.
         let misfit = self.check(call.weights, &call.hidden, &call.out).err();
         let fault = misfit.as_ref().map(|_| Fault::BadTensor);
@@ -232,16 +236,17 @@ impl<K: Kind> ComposedKernel<K> {
         let comm = &mut *self.prepare_finalize;
         let Buffers { shape, workspace, expert_out, reduced } = &mut self.buffers;
         let mut cx = ExecCx { stream: call.stream, workspace: workspace.arena() };
-        let sent = K::prepare_send(comm, &mut cx, input)?;
+        let sent = K::prepare_send(comm, &mut cx.reborrow(), input)?;
         let overlapped = run(&mut call.overlap.dispatch, call.stream);
-        let (mut dispatched, routed) =
-            K::prepare_recv(comm, &mut cx, sent).map_err(|error| explained(error, misfit))?;
+        let (mut dispatched, routed) = K::prepare_recv(comm, &mut cx.reborrow(), sent)
+            .map_err(|error| explained(error, rank, misfit))?;
         self.times.dispatch = start.elapsed();
 
         let start = Instant::now();
-        let in_place = dispatched.take_output();
-        let lent = in_place.is_none();
         let (config, plan) = (&self.config, &self.plan);
+        // A buffer that the plan does not count on has the shape of reduced rows, which this output may not have.
+        let in_place = dispatched.take_output().filter(|_| plan.in_place_output());
+        let lent = in_place.is_none();
         let failed = |fault| move |error: Error| Box::new((fault, error));
         let experts_failed = failed(Fault::ExpertsFailed);
         let other = |e: crate::Source| experts_failed(Error::other(Stage::Experts, plan.experts(), e));
@@ -256,9 +261,10 @@ impl<K: Kind> ComposedKernel<K> {
                 .map_err(experts_failed)
         });
         let ran = ran.and_then(|()| {
-            let (Some(dims), Some((topk, num_rows))) = (&shape.reduced, dispatched.received()) else {
-                return Ok(());
-            };
+            let Some(dims) = &shape.reduced else { return Ok(()) };
+            let (topk, num_rows) = dispatched
+                .received()
+                .ok_or_else(|| other("the received rows cannot be reduced on the host".into()))?;
             let unreduced = Unreduced { config, plan, experts: &self.experts_map, topk, num_rows };
             unreduced.reduce((expert_out, &shape.expert_out), (reduced, dims)).map_err(|e| other(e.into()))
         });
@@ -280,11 +286,11 @@ impl<K: Kind> ComposedKernel<K> {
                 (ExpertOut::Failed(Fault::ExpertsFailed), Some(error))
             }
         };
-        let sent = K::finalize_send(comm, &mut cx, routed, out)?;
+        let sent = K::finalize_send(comm, &mut cx.reborrow(), routed, out)?;
         let overlapped = run(&mut call.overlap.combine, call.stream);
-        let received = K::finalize_recv(comm, &mut cx, sent, call.out);
+        let received = K::finalize_recv(comm, &mut cx.reborrow(), sent, call.out);
         self.times.combine = start.elapsed();
-        received.map_err(|error| explained(error, failure))?;
+        received.map_err(|error| explained(error, rank, failure))?;
         overlapped
     }
 
@@ -298,6 +304,13 @@ impl<K: Kind> ComposedKernel<K> {
         if out.dims() != [hidden.dims()[0], self.config.hidden] || !dtype_fits {
             let (dims, dtype, hidden) = (out.dims(), out.dtype(), hidden.dims());
             return contract(format!("output is {dims:?} of {dtype}, the hidden states are {hidden:?}"));
+        }
+        let (device, layout) = (out.device(), *out.as_view().layout());
+        if device.kind != self.config.device {
+            return contract(format!("output lives on {device}, not on {:?}", self.config.device));
+        }
+        if layout.dims()[1] > 1 && layout.strides()[1] != 1 {
+            return contract(format!("output has strides {:?}, its rows have gaps", layout.strides()));
         }
         Ok(())
     }
@@ -333,9 +346,10 @@ fn run(work: &mut Option<OverlapFn<'_>>, stream: Stream) -> Result<()> {
     work.as_mut().map_or(Ok(()), |work| work(stream))
 }
 
-/// The error that every rank returns, with what only this rank knows as its source.
-fn explained(mut error: Error, local: Option<Error>) -> Error {
-    if error.source.is_none() {
+/// The error that every rank returns, with what only the rank at fault knows as its source.
+fn explained(mut error: Error, mine: Rank, local: Option<Error>) -> Error {
+    let at_fault = matches!(error.kind, ErrorKind::RankFailed { rank, .. } if rank == mine);
+    if at_fault && error.source.is_none() {
         error.source = local.map(Into::into);
     }
     error

@@ -25,13 +25,14 @@ impl Layout {
         assert!(!dims.is_empty() && dims.len() <= MAX_DIMS, "a tensor has 1 to 3 dimensions");
         let mut full = [1; MAX_DIMS];
         let mut strides = [1; MAX_DIMS];
-        let mut stride = 1;
+        let mut stride: usize = 1;
         let mut i = dims.len();
         while i > 0 {
             i -= 1;
             full[i] = dims[i];
             strides[i] = stride;
-            stride *= dims[i];
+            // Saturated dimensions fail the bounds check of every view; wrapped ones could pass it.
+            stride = stride.saturating_mul(dims[i]);
         }
         Self { dims: full, strides, rank: dims.len() as u8, offset: 0 }
     }
@@ -66,19 +67,22 @@ impl Layout {
         self.offset
     }
 
-    /// Number of elements.
+    /// Number of elements (saturated).
     pub fn num_elements(&self) -> usize {
-        self.dims().iter().product()
+        if self.dims().contains(&0) {
+            return 0;
+        }
+        self.dims().iter().fold(1, |product, &dim| product.saturating_mul(dim))
     }
 
     /// Whether the elements follow each other in row-major order without gaps.
     pub fn is_contiguous(&self) -> bool {
-        let mut stride = 1;
+        let mut stride: usize = 1;
         for (&dim, &s) in self.dims().iter().zip(self.strides()).rev() {
             if dim > 1 && s != stride {
                 return false;
             }
-            stride *= dim;
+            stride = stride.saturating_mul(dim);
         }
         true
     }
@@ -95,7 +99,10 @@ impl Layout {
         last.checked_add(1)
     }
 
-    /// Whether two index tuples can reach the same element (a stride smaller than what it steps over).
+    /// Whether two index tuples may reach the same element: a stride no larger than what the smaller ones reach.
+    ///
+    /// Never false for an overlap. Also true for interleaved layouts without one (strides `[3, 2]` of `[2, 3]`), which
+    /// no kernel writes.
     pub(crate) fn overlaps_itself(&self) -> bool {
         let mut dims: [(usize, usize); MAX_DIMS] = [(0, 0); MAX_DIMS];
         let mut n = 0;
@@ -107,12 +114,12 @@ impl Layout {
         }
         let dims = &mut dims[..n];
         dims.sort_unstable();
-        let mut reach = 0;
+        let mut reach: usize = 0;
         for &(stride, dim) in dims.iter() {
             if stride <= reach {
                 return true;
             }
-            reach += (dim - 1) * stride;
+            reach = (dim - 1).saturating_mul(stride).saturating_add(reach);
         }
         false
     }

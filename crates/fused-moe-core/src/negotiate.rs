@@ -249,12 +249,21 @@ pub enum RouterWeight {
     OnInputByExperts,
 }
 
-/// Proof that a prepare/finalize and an experts backend fit. Only [`negotiate`] makes one:
+/// Proof that a prepare/finalize and an experts backend fit. It can be read:
+///
+/// ```
+/// # use fused_moe_core::*;
+/// fn read(real: Plan) -> &'static str {
+///     real.comm()
+/// }
+/// ```
+///
+/// but only [`negotiate`] makes one:
 ///
 /// ```compile_fail,E0451
 /// # use fused_moe_core::*;
-/// fn forge(caps: &PrepareCaps) -> Plan {
-///     Plan { comm: "mine", experts: "mine", ..todo!() }
+/// fn forge(real: Plan) -> Plan {
+///     Plan { comm: "mine", ..real }
 /// }
 /// ```
 #[derive(Clone, Debug, PartialEq)]
@@ -357,6 +366,29 @@ pub fn negotiate(
             experts.weight_and_reduce.name().into(),
         ),
         _ => {}
+    }
+    let reduction = (experts.kind, experts.format, experts.weight_and_reduce);
+    let reducible = match reduction {
+        (KernelKind::Monolithic, _, TopKWeightAndReduce::NoOp(_)) => true,
+        (KernelKind::Monolithic, ..) => false,
+        // Between experts and combine the kernel reduces rows of a token only.
+        (
+            _,
+            ActivationFormat::Standard,
+            TopKWeightAndReduce::NoOp(_) | TopKWeightAndReduce::Contiguous(_),
+        ) => true,
+        (_, ActivationFormat::BatchedExperts, TopKWeightAndReduce::Delegate(_)) => true,
+        _ => false,
+    };
+    if !reducible {
+        let wanted = match reduction {
+            (KernelKind::Modular, ActivationFormat::Standard, _) => {
+                "no-op or contiguous in the standard format"
+            }
+            (KernelKind::Modular, ..) => "delegate in the batched format",
+            (KernelKind::Monolithic, ..) => "no-op of monolithic experts",
+        };
+        no(Axis::Reduction, wanted.into(), experts.weight_and_reduce.name().into());
     }
     let router_weight = match (config.apply_router_weight_on_input, prepare.weight_on_input) {
         (false, _) => RouterWeight::OnOutput,

@@ -151,7 +151,18 @@ macro_rules! settle {
 /// half then returns the same [`ErrorKind::RankFailed`] on every rank and the handle is ready for the next
 /// round. Sends fail only when the handle cannot go on.
 ///
-/// A `Dispatched` borrows the handle, so it is gone before `finalize_send`:
+/// A `Dispatched` borrows the handle, so it is read before `finalize_send`:
+///
+/// ```
+/// # use fused_moe_core::*;
+/// fn read(p: &mut dyn PrepareAndFinalizeModular, cx: &mut ExecCx<'_>, sent: Sent<'_, phase::Prepare>) {
+///     let (dispatched, routed) = p.prepare_recv(cx, sent).unwrap();
+///     let _ = dispatched.hidden.address();
+///     let _ = p.finalize_send(cx, routed, ExpertOut::InPlace);
+/// }
+/// ```
+///
+/// and never after it:
 ///
 /// ```compile_fail,E0499
 /// # use fused_moe_core::*;
@@ -162,7 +173,18 @@ macro_rules! settle {
 /// }
 /// ```
 ///
-/// What is lent to a send stays lent until its receive:
+/// What is lent to a send stays lent until its receive, and may go then:
+///
+/// ```
+/// # use fused_moe_core::*;
+/// fn kept(p: &mut dyn PrepareAndFinalizeModular, cx: &mut ExecCx<'_>, x: Lease<'_, ()>, topk: TopK<'static>) {
+///     let sent = p.prepare_send(cx, PrepareInput { hidden: x.view(), topk, fault: None }).unwrap();
+///     let _ = p.prepare_recv(cx, sent);
+///     drop(x);
+/// }
+/// ```
+///
+/// but not before:
 ///
 /// ```compile_fail,E0505
 /// # use fused_moe_core::*;

@@ -42,6 +42,16 @@ pub enum ReduceError {
         /// The reduction.
         reduction: &'static str,
     },
+    /// A tensor whose size is not what the others imply.
+    #[error("{tensor} is {found:?}, needs {wanted:?}")]
+    Misfit {
+        /// Which tensor.
+        tensor: &'static str,
+        /// Its dimensions, or the first of them.
+        found: Vec<usize>,
+        /// What they have to be; where more is allowed, the least.
+        wanted: Vec<usize>,
+    },
     /// [`Delegate`] was asked to reduce: the combine does it.
     #[error("weight and reduce is delegated to the combine")]
     Delegated,
@@ -130,6 +140,8 @@ type Terms = SmallVec<[(usize, f32); 16]>;
 impl WeightAndReduce for NoOp {
     fn reduce(&self, input: ReduceInput<'_>, mut out: TensorViewMut<'_>) -> Result<(), ReduceError> {
         let rows = ExpertRows::new(input.expert_out, "no-op")?;
+        at_least("expert output", input.expert_out.dims()[0], input.num_rows)?;
+        rows.fit(&out, input.num_rows)?;
         (0..input.num_rows).try_for_each(|row| rows.sum(&[(row, 1.0)], &mut out, row))
     }
 }
@@ -137,12 +149,15 @@ impl WeightAndReduce for NoOp {
 impl WeightAndReduce for Contiguous {
     fn reduce(&self, input: ReduceInput<'_>, mut out: TensorViewMut<'_>) -> Result<(), ReduceError> {
         let rows = ExpertRows::new(input.expert_out, "contiguous")?;
+        at_least("expert output", input.expert_out.dims()[0], input.num_rows)?;
+        rows.fit(&out, input.num_rows)?;
+        let top_k = input.topk_of(input.expert_out.dims()[1])?;
         for row in 0..input.num_rows {
             let (ids, weights) = (input.topk.ids.row::<i32>(row)?, input.topk.weights.row::<f32>(row)?);
             let mut terms = Terms::new();
             for (slot, (&id, &weight)) in ids.iter().zip(weights).enumerate() {
                 if input.experts.local(id).is_some() {
-                    terms.push((row * ids.len() + slot, if input.weighted { 1.0 } else { weight }));
+                    terms.push((row * top_k + slot, if input.weighted { 1.0 } else { weight }));
                 }
             }
             rows.sum(&terms, &mut out, row)?;
@@ -154,7 +169,9 @@ impl WeightAndReduce for Contiguous {
 impl WeightAndReduce for NaiveBatched {
     fn reduce(&self, input: ReduceInput<'_>, mut out: TensorViewMut<'_>) -> Result<(), ReduceError> {
         let rows = ExpertRows::new(input.expert_out, "naive-batched")?;
-        let max_tokens = input.expert_out.dims()[1];
+        let (local, max_tokens) = (input.expert_out.dims()[0], input.expert_out.dims()[1]);
+        rows.fit(&out, input.num_rows)?;
+        input.topk_of(input.topk.ids.dims().last().copied().unwrap_or(0))?;
         for row in 0..input.num_rows {
             let (ids, weights) = (input.topk.ids.row::<i32>(row)?, input.topk.weights.row::<f32>(row)?);
             let mut terms = Terms::new();
@@ -164,6 +181,10 @@ impl WeightAndReduce for NaiveBatched {
                 let mut position = 0;
                 for earlier in 0..row {
                     position += input.topk.ids.row::<i32>(earlier)?.iter().filter(|&&e| e == id).count();
+                }
+                let (found, wanted) = ([local, max_tokens], [expert.0 as usize + 1, position + 1]);
+                if found[0] < wanted[0] || found[1] < wanted[1] {
+                    return Err(misfit("expert output", &found, &wanted));
                 }
                 let weight = if input.weighted { 1.0 } else { weight };
                 terms.push((expert.0 as usize * max_tokens + position, weight));
@@ -177,6 +198,27 @@ impl WeightAndReduce for NaiveBatched {
 impl WeightAndReduce for Delegate {
     fn reduce(&self, _input: ReduceInput<'_>, _out: TensorViewMut<'_>) -> Result<(), ReduceError> {
         Err(ReduceError::Delegated)
+    }
+}
+
+fn misfit(tensor: &'static str, found: &[usize], wanted: &[usize]) -> ReduceError {
+    ReduceError::Misfit { tensor, found: found.to_vec(), wanted: wanted.to_vec() }
+}
+
+fn at_least(tensor: &'static str, found: usize, wanted: usize) -> Result<(), ReduceError> {
+    if found < wanted { Err(misfit(tensor, &[found], &[wanted])) } else { Ok(()) }
+}
+
+impl ReduceInput<'_> {
+    /// Slots per row, if ids and weights have `top_k` of them in enough rows.
+    fn topk_of(&self, top_k: usize) -> Result<usize, ReduceError> {
+        for (tensor, view) in [("top-k ids", self.topk.ids), ("top-k weights", self.topk.weights)] {
+            match *view.dims() {
+                [rows, slots] if rows >= self.num_rows && slots == top_k => {}
+                _ => return Err(misfit(tensor, view.dims(), &[self.num_rows, top_k])),
+            }
+        }
+        Ok(top_k)
     }
 }
 
@@ -198,6 +240,15 @@ impl<'a> ExpertRows<'a> {
                 Ok(Self::Bf16(expert_out.as_slice()?, dims[dims.len() - 1]))
             }
             dtype => Err(ReduceError::Unsupported { dims: dims.to_vec(), dtype, reduction }),
+        }
+    }
+
+    /// Checks that `out` has the rows' width and at least `num_rows` rows.
+    fn fit(&self, out: &TensorViewMut<'_>, num_rows: usize) -> Result<(), ReduceError> {
+        let (ExpertRows::F32(_, hidden) | ExpertRows::Bf16(_, hidden)) = *self;
+        match *out.dims() {
+            [rows, width] if rows >= num_rows && width == hidden => Ok(()),
+            _ => Err(misfit("output", out.dims(), &[num_rows, hidden])),
         }
     }
 

@@ -66,3 +66,22 @@ pub struct RoutingConfig {
     /// `e_score_correction_bias`, `[num_experts]`, for DeepSeek-V3.
     pub correction_bias: Option<Vec<f32>>,
 }
+
+impl RoutingConfig {
+    /// Everything that changes the chosen experts or their weights, on one line.
+    pub(crate) fn fingerprint(&self) -> String {
+        let Self { method, num_experts, top_k, groups, renormalize, routed_scaling_factor, correction_bias } =
+            self;
+        let groups = groups.map_or(String::new(), |g| format!(", {} of {} groups", g.topk_group, g.n_group));
+        // FNV-1a of the bits: ranks only need to see that their biases differ.
+        let hash = |bias: &Vec<f32>| {
+            let bytes = bias.iter().flat_map(|x| x.to_bits().to_le_bytes());
+            bytes.fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
+        };
+        let bias =
+            correction_bias.as_ref().map_or(String::new(), |bias| format!(", bias {:016x}", hash(bias)));
+        format!(
+            "{method} top-{top_k} of {num_experts}{groups}, renormalize {renormalize}, x {routed_scaling_factor}{bias}"
+        )
+    }
+}

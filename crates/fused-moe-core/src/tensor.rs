@@ -148,6 +148,10 @@ impl<'a> TensorView<'a> {
             return Err(self.not_contiguous());
         }
         let len = self.layout.num_elements();
+        if len == 0 {
+            // An empty allocation may have no address that a slice can have.
+            return Ok(&[]);
+        }
         // SAFETY: bounds and alignment were checked when the view was made, the memory is on the host and
         // borrowed for `'a`, the elements have no gaps, and every bit pattern of `T` is valid (`Element`).
         Ok(unsafe { std::slice::from_raw_parts(self.address() as *const T, len) })
@@ -161,6 +165,9 @@ impl<'a> TensorView<'a> {
     pub fn row<T: Element>(&self, row: usize) -> Result<&'a [T], ViewError> {
         self.readable_as::<T>()?;
         let at = self.row_address(row)?;
+        if self.dims()[1] == 0 {
+            return Ok(&[]);
+        }
         // SAFETY: `row_address` checked the index; the rest as in `as_slice`.
         Ok(unsafe { std::slice::from_raw_parts(at as *const T, self.dims()[1]) })
     }
@@ -174,6 +181,9 @@ impl<'a> TensorView<'a> {
             return Err(ViewError::NotHost { device: self.device });
         }
         let at = self.row_address(row)?;
+        if self.dims()[1] == 0 {
+            return Ok(&[]);
+        }
         // SAFETY: as in `row`; bytes have no alignment or validity requirement.
         Ok(unsafe { std::slice::from_raw_parts(at as *const u8, self.dims()[1] * self.dtype.size_bytes()) })
     }
@@ -192,7 +202,8 @@ impl<'a> TensorView<'a> {
                 len: dims[0],
             });
         }
-        Ok(self.address() + row * strides[0] * self.dtype.size_bytes())
+        // Wraps only in a tensor without columns, whose rows have no address.
+        Ok(self.address().wrapping_add(row.wrapping_mul(strides[0]).wrapping_mul(self.dtype.size_bytes())))
     }
 
     fn readable_as<T: Element>(&self) -> Result<(), ViewError> {
@@ -219,6 +230,7 @@ impl<'a> TensorViewMut<'a> {
     /// # Errors
     /// As [`TensorView::from_allocation`], and [`ViewError::Overlapping`].
     pub unsafe fn from_allocation(allocation: Allocation, layout: Layout) -> Result<Self, ViewError> {
+        check(allocation, &layout)?;
         if layout.num_elements() > 1 && layout.overlaps_itself() {
             return Err(ViewError::Overlapping {
                 dims: layout.dims().to_vec(),
@@ -300,6 +312,9 @@ impl<'a> TensorViewMut<'a> {
     /// As [`TensorView::as_slice`].
     pub fn as_mut_slice<T: Element>(&mut self) -> Result<&mut [T], ViewError> {
         let len = self.view.as_slice::<T>()?.len();
+        if len == 0 {
+            return Ok(&mut []);
+        }
         // SAFETY: `as_slice` checked bounds, alignment, space and type; `self` is an exclusive borrow, which the
         // returned slice holds.
         Ok(unsafe { std::slice::from_raw_parts_mut(self.view.address() as *mut T, len) })
@@ -311,6 +326,9 @@ impl<'a> TensorViewMut<'a> {
     /// As [`TensorView::as_slice`].
     pub fn into_mut_slice<T: Element>(self) -> Result<&'a mut [T], ViewError> {
         let len = self.view.as_slice::<T>()?.len();
+        if len == 0 {
+            return Ok(&mut []);
+        }
         // SAFETY: as in `as_mut_slice`; `self` is consumed, so the slice is the only way to the memory for `'a`.
         Ok(unsafe { std::slice::from_raw_parts_mut(self.view.address() as *mut T, len) })
     }
@@ -322,6 +340,9 @@ impl<'a> TensorViewMut<'a> {
     pub fn row_mut<T: Element>(&mut self, row: usize) -> Result<&mut [T], ViewError> {
         let len = self.view.row::<T>(row)?.len();
         let at = self.view.row_address(row)?;
+        if len == 0 {
+            return Ok(&mut []);
+        }
         // SAFETY: `row` checked everything; `self` is an exclusive borrow, which the returned slice holds.
         Ok(unsafe { std::slice::from_raw_parts_mut(at as *mut T, len) })
     }
@@ -329,7 +350,18 @@ impl<'a> TensorViewMut<'a> {
 
 /// A view together with the guard that keeps its memory lent (a lock guard, a stream event).
 ///
-/// The view borrows from the lease, so the guard cannot be dropped before the last use of the view:
+/// The view borrows from the lease, so the guard is dropped after the last use of the view:
+///
+/// ```
+/// # use fused_moe_core::Lease;
+/// fn late(lease: Lease<'_, ()>) {
+///     let view = lease.view();
+///     let _ = view.address();
+///     drop(lease);
+/// }
+/// ```
+///
+/// and cannot be dropped before:
 ///
 /// ```compile_fail,E0505
 /// # use fused_moe_core::Lease;

@@ -70,6 +70,15 @@ struct Stamp {
 /// Receipt of a send. It borrows what was lent to the send, so that outlives the flight, and it can be redeemed
 /// once:
 ///
+/// ```
+/// # use fused_moe_core::*;
+/// fn once(p: &mut dyn PrepareAndFinalizeModular, cx: &mut ExecCx<'_>, sent: Sent<'_, phase::Prepare>) {
+///     let _ = p.prepare_recv(cx, sent);
+/// }
+/// ```
+///
+/// not twice:
+///
 /// ```compile_fail,E0382
 /// # use fused_moe_core::*;
 /// fn twice(p: &mut dyn PrepareAndFinalizeModular, cx: &mut ExecCx<'_>, sent: Sent<'_, phase::Prepare>) {
@@ -109,10 +118,21 @@ impl<P> Sent<'_, P> {
 
 /// Receipt of a dispatch: what `finalize_send` needs to know, and nothing that borrows the handle.
 ///
+/// Its routing can be read:
+///
+/// ```
+/// # use fused_moe_core::*;
+/// fn read(real: &Routed) -> &Routing {
+///     real.routing()
+/// }
+/// ```
+///
+/// but not replaced, and nobody else can make one:
+///
 /// ```compile_fail,E0451
 /// # use fused_moe_core::*;
-/// fn forge() -> Routed {
-///     Routed { routing: Routing::default(), ..todo!() }
+/// fn forge(real: Routed, routing: Routing) -> Routed {
+///     Routed { routing, ..real }
 /// }
 /// ```
 #[must_use = "the peers wait until this ticket is finalized"]
@@ -285,11 +305,13 @@ impl TicketLedger {
         Ok(sent.routing)
     }
 
-    /// Ends the round; the routing's memory serves the next one.
+    /// Ends the round; the routing's memory serves the next one. A handle that has lost a peer stays lost.
     pub fn close(&mut self, routing: Routing) {
         self.spare = routing;
         self.detail = None;
-        self.state = State::Idle;
+        if !matches!(self.state, State::Lost(_)) {
+            self.state = State::Idle;
+        }
     }
 
     /// Keeps what only this rank can say about its own failure; the error that ends the round carries it.
