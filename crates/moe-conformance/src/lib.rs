@@ -1,1 +1,1 @@
-//! Oracle and conformance suite for authors of fused-moe backends
+

@@ -1,0 +1,276 @@
+//! Layer cases: sizes, tokens, routing, scheme and placement, and the random tensors that follow from a seed.
+
+mod input;
+mod pairs;
+mod weights;
+
+use fused_moe_core::{
+    Activation, DType, DeviceKind, ExpertPlacement, Fp8Format, MoeConfig, QuantScheme, Rank, RoutingConfig,
+    RoutingMethod,
+};
+use rand::Rng;
+
+pub use input::RankInput;
+pub use weights::LayerWeights;
+
+use crate::oracle::Shape;
+use crate::seed::Seed;
+
+/// Which experts tokens name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum RoutingPattern {
+    /// Any, all as likely.
+    Uniform,
+    /// The same for all tokens of a rank; with `top_k` 1 that is one expert.
+    SameExperts,
+    /// Mostly the first ones.
+    Skewed,
+    /// Only those of other ranks; padded with -1 where there are not enough.
+    RemoteOnly,
+    /// Any, with -1 in random slots and in all slots of some tokens.
+    Padded,
+    /// Only those of the token's own rank; padded with -1 where there are not enough.
+    LocalOnly,
+}
+
+impl RoutingPattern {
+    /// All patterns.
+    pub const ALL: [Self; 6] =
+        [Self::Uniform, Self::SameExperts, Self::Skewed, Self::RemoteOnly, Self::Padded, Self::LocalOnly];
+}
+
+/// How many tokens the ranks bring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum TokenCounts {
+    /// As many everywhere: 0, 1, 33 or 128.
+    Each(usize),
+    /// A different number everywhere, 1 to 40.
+    Uneven,
+    /// Every other rank none, the others 17.
+    SomeIdle,
+}
+
+impl TokenCounts {
+    /// All counts.
+    pub const ALL: [Self; 6] =
+        [Self::Each(0), Self::Each(1), Self::Each(33), Self::Each(128), Self::Uneven, Self::SomeIdle];
+
+    fn per_rank(self, ep_size: usize) -> Vec<usize> {
+        let count = |rank: usize| match self {
+            TokenCounts::Each(tokens) => tokens,
+            TokenCounts::Uneven => 1 + (rank * 29 + 11) % 40,
+            TokenCounts::SomeIdle => (1 - rank % 2) * 17,
+        };
+        (0..ep_size).map(count).collect()
+    }
+}
+
+/// Sizes of the expert-parallel group that are tested.
+pub const EP_SIZES: [usize; 4] = [1, 2, 3, 8];
+
+/// The schemes that are tested, by the name that cases carry.
+pub const SCHEMES: [(&str, QuantScheme); 7] = [
+    ("none", QuantScheme::Unquantized),
+    ("block", QuantScheme::Fp8Block(Fp8Format::E4M3Fn)),
+    ("ptpc", QuantScheme::Fp8Ptpc(Fp8Format::E4M3Fn)),
+    ("tensor", QuantScheme::Fp8PerTensor(Fp8Format::E4M3Fn)),
+    ("blockfnuz", QuantScheme::Fp8Block(Fp8Format::E4M3Fnuz)),
+    ("ptpcfnuz", QuantScheme::Fp8Ptpc(Fp8Format::E4M3Fnuz)),
+    ("tensorfnuz", QuantScheme::Fp8PerTensor(Fp8Format::E4M3Fnuz)),
+];
+
+/// `(hidden, intermediate)` of the cases; some are no multiples of 128 or of 64.
+const SHAPES: [(usize, usize); 6] = [(128, 128), (256, 64), (384, 48), (200, 160), (96, 32), (320, 72)];
+
+/// Multiply-adds of one round above which a case gets smaller sizes.
+const MOST_WORK: usize = 12_000_000;
+
+/// One layer, all ranks of it. Everything random in it follows from `seed`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Case {
+    /// What the tensors are made from.
+    pub seed: Seed,
+    /// Elements of a token.
+    pub hidden: usize,
+    /// Elements between gemm1 and gemm2.
+    pub intermediate: usize,
+    /// Experts over all ranks.
+    pub num_experts: usize,
+    /// Experts per token.
+    pub top_k: usize,
+    /// Tokens of each rank; as many entries as ranks.
+    pub tokens: Vec<usize>,
+    /// Which experts tokens name.
+    pub routing: RoutingPattern,
+    /// Scheme of weights and activations.
+    pub quant: QuantScheme,
+    /// Owner of each expert.
+    pub placement: ExpertPlacement,
+    /// Whether the routing weight multiplies the input (needs `top_k` 1).
+    pub apply_router_weight_on_input: bool,
+}
+
+impl Case {
+    /// A small case over `ep_size` ranks: uneven tokens, top-2 of 8 experts, uniform routing, linear placement.
+    pub fn small(quant: QuantScheme, ep_size: usize, seed: Seed) -> Self {
+        Self {
+            seed,
+            hidden: 128,
+            intermediate: 64,
+            num_experts: 8,
+            top_k: 2,
+            tokens: TokenCounts::Uneven.per_rank(ep_size),
+            routing: RoutingPattern::Uniform,
+            quant,
+            placement: linear(8, ep_size),
+            apply_router_weight_on_input: false,
+        }
+    }
+
+    /// Cases of `quant` over `ep_size` ranks in which every two of these meet: token counts, top-k {1, 4, 8},
+    /// routing pattern, sizes, placement (linear or scattered), weight on output or (for top-1) on input.
+    pub fn covering(quant: QuantScheme, ep_size: usize, seed: Seed) -> Vec<Self> {
+        let dealt = Self::covering_all(quant, &[ep_size], seed);
+        dealt.into_iter().map(|(_, case)| case).collect()
+    }
+
+    /// As [`Case::covering`] with the size of the group as another factor: fewer cases in all.
+    pub fn covering_ep(quant: QuantScheme, ep_size: usize, seed: Seed) -> Vec<Self> {
+        let dealt = Self::covering_all(quant, &EP_SIZES, seed);
+        dealt.into_iter().filter(|(ep, _)| *ep == ep_size).map(|(_, case)| case).collect()
+    }
+
+    fn covering_all(quant: QuantScheme, ep_sizes: &[usize], seed: Seed) -> Vec<(usize, Self)> {
+        const TOP_K: [usize; 3] = [1, 4, 8];
+        const NUM_EXPERTS: [usize; 2] = [13, 16];
+        let levels = [
+            TokenCounts::ALL.len(),
+            TOP_K.len(),
+            RoutingPattern::ALL.len(),
+            SHAPES.len(),
+            NUM_EXPERTS.len() * 2,
+            ep_sizes.len(),
+        ];
+        // The rows of the covering are the same for all sizes of the group that share a seed.
+        let rows = pairs::covering(&levels, seed);
+        let case = |(index, row): (usize, &Vec<usize>)| {
+            let seed = seed.derive(index as u64);
+            let (ep_size, num_experts) = (ep_sizes[row[5]], NUM_EXPERTS[row[4] % 2]);
+            let scattered = row[4] >= NUM_EXPERTS.len();
+            let top_k = TOP_K[row[1]];
+            let case = Self {
+                seed,
+                hidden: SHAPES[row[3]].0,
+                intermediate: SHAPES[row[3]].1,
+                num_experts,
+                top_k,
+                tokens: TokenCounts::ALL[row[0]].per_rank(ep_size),
+                routing: RoutingPattern::ALL[row[2]],
+                quant,
+                placement: if scattered {
+                    self::scattered(num_experts, ep_size, seed)
+                } else {
+                    linear(num_experts, ep_size)
+                },
+                apply_router_weight_on_input: top_k == 1 && index % 3 == 0,
+            };
+            (ep_size, case.affordable())
+        };
+        rows.iter().enumerate().map(case).collect()
+    }
+
+    /// The case with sizes that a test can afford.
+    fn affordable(mut self) -> Self {
+        let pairs = self.tokens.iter().sum::<usize>() * self.top_k;
+        if pairs * self.hidden * self.intermediate * 3 > MOST_WORK {
+            (self.hidden, self.intermediate) = if self.hidden.is_multiple_of(128) { (128, 32) } else { (96, 32) };
+        }
+        self
+    }
+
+    /// Ranks in the group.
+    pub fn ep_size(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Sizes as the oracle takes them.
+    pub fn shape(&self) -> Shape {
+        Shape { hidden: self.hidden, intermediate: self.intermediate, top_k: self.top_k }
+    }
+
+    /// The configuration of the layer: bf16 on the host, one node, room for a few more tokens than come.
+    pub fn config(&self) -> MoeConfig {
+        MoeConfig {
+            hidden: self.hidden,
+            intermediate: self.intermediate,
+            top_k: self.top_k,
+            max_tokens_per_rank: self.tokens.iter().max().copied().unwrap_or(0) + 3,
+            in_dtype: DType::Bf16,
+            quant: self.quant,
+            activation: Activation::Silu,
+            apply_router_weight_on_input: self.apply_router_weight_on_input,
+            routing: Some(RoutingConfig {
+                method: RoutingMethod::RenormalizeNaive,
+                num_experts: self.num_experts,
+                top_k: self.top_k,
+                groups: None,
+                renormalize: true,
+                routed_scaling_factor: 1.0,
+                correction_bias: None,
+            }),
+            placement: self.placement.clone(),
+            ranks_per_node: self.ep_size(),
+            device: DeviceKind::Host,
+        }
+    }
+
+    /// What every rank brings to round `round`. Later rounds have as many tokens or fewer.
+    pub fn inputs(&self, round: u64) -> Vec<RankInput> {
+        let seed = self.seed.derive(round);
+        let mut shrunk = self.clone();
+        if round > 0 {
+            shrunk.tokens.iter_mut().for_each(|tokens| *tokens -= *tokens / 3);
+        }
+        let input = |rank: u32| {
+            let mut rng = seed.derive(u64::from(rank)).rng();
+            RankInput::random(&shrunk, &self.placement, Rank(rank), &mut rng)
+        };
+        (0..self.ep_size() as u32).map(input).collect()
+    }
+
+    /// The weights of the layer.
+    pub fn weights(&self) -> LayerWeights {
+        let seed = self.seed.derive(1_000_000);
+        LayerWeights::random(self.num_experts, [self.intermediate, self.hidden], self.quant, seed)
+    }
+}
+
+impl std::fmt::Display for Case {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let owners: Vec<u32> = self.placement.owners().iter().map(|rank| rank.0).collect();
+        write!(
+            f,
+            "hidden {} intermediate {} top-{} of {} experts on ranks {owners:?}, tokens {:?}, {:?} routing, {}{}, seed {}",
+            self.hidden,
+            self.intermediate,
+            self.top_k,
+            self.num_experts,
+            self.tokens,
+            self.routing,
+            self.quant,
+            if self.apply_router_weight_on_input { ", weight on input" } else { "" },
+            self.seed,
+        )
+    }
+}
+
+fn linear(num_experts: usize, ep_size: usize) -> ExpertPlacement {
+    ExpertPlacement::linear(num_experts, ep_size).expect("a case has at least one rank")
+}
+
+/// Experts on random ranks, so that a rank may hold many or none.
+fn scattered(num_experts: usize, ep_size: usize, seed: Seed) -> ExpertPlacement {
+    let mut rng = seed.derive(u64::MAX).rng();
+    let owners: Vec<usize> = (0..num_experts).map(|_| rng.random_range(0..ep_size)).collect();
+    ExpertPlacement::from_owners(&owners, ep_size).expect("every owner is a rank of the case")
+}

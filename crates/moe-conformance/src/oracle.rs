@@ -1,0 +1,233 @@
+//! The layer in f64, quantised at exactly the two points where the layer quantises.
+//!
+//! Activations are quantised before gemm1 and, after the activation's output was rounded to bf16, before gemm2,
+//! by an FP8 quantiser of this module that shares no code with crate `quant`. Everything else is f64 and the
+//! result is not rounded.
+
+mod codec;
+mod experts;
+mod matrix;
+
+use fused_moe_core::{
+    DType, ExpertMatrices, ExpertPlacement, Granularity, QuantScheme, Rank, RouterWeight, ViewError,
+};
+use half::bf16;
+
+pub use codec::{Codec, QuantizedRows, dequantize_rows, quantize_rows};
+pub(crate) use experts::{ArrivedRows, RankExperts, dequantized};
+
+/// Why the oracle has no answer.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum OracleError {
+    /// A tensor cannot be read.
+    #[error(transparent)]
+    View(#[from] ViewError),
+    /// A tensor has the wrong shape.
+    #[error("{tensor} is {found:?}, needs {wanted:?}")]
+    Shape {
+        /// Name of the tensor.
+        tensor: &'static str,
+        /// Its shape.
+        found: Vec<usize>,
+        /// The shape that the layer needs.
+        wanted: Vec<usize>,
+    },
+    /// A weight matrix of a type that is not known.
+    #[error("{tensor} is of {found}, which the oracle does not read")]
+    DType {
+        /// Name of the tensor.
+        tensor: &'static str,
+        /// Its element type.
+        found: DType,
+    },
+    /// An expert id that is neither -1 nor of the layer.
+    #[error("expert id {id} of {rank} at position {position} does not exist")]
+    NoSuchExpert {
+        /// The rank whose tokens name it.
+        rank: Rank,
+        /// Position in the rank's ids.
+        position: usize,
+        /// The id.
+        id: i32,
+    },
+}
+
+/// Sizes of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Elements of a token.
+    pub hidden: usize,
+    /// Elements between gemm1 and gemm2.
+    pub intermediate: usize,
+    /// Experts per token.
+    pub top_k: usize,
+}
+
+/// The tokens of one rank and where they go.
+#[derive(Clone, Copy, Debug)]
+pub struct RankTokens<'a> {
+    /// `[tokens, hidden]`.
+    pub hidden: &'a [bf16],
+    /// `[tokens, top_k]` global expert ids; -1 is no expert.
+    pub ids: &'a [i32],
+    /// `[tokens, top_k]` routing weights.
+    pub weights: &'a [f32],
+}
+
+/// Whose activations share a dynamic per-tensor scale before gemm1. No other scheme looks at it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InputScales {
+    /// Dispatch quantises: the tokens of a source rank.
+    OfSource,
+    /// Experts quantise, and every rank received all tokens: the tokens of all ranks.
+    OfAllRows,
+    /// Experts quantise, and a rank received the tokens that name one of its experts: those.
+    OfNeededRows,
+}
+
+/// A layer over all ranks of a group.
+///
+/// ```
+/// use fused_moe_core::*;
+/// use half::bf16;
+/// use moe_conformance::oracle::{InputScales, Layer, RankTokens, Shape};
+///
+/// // One expert whose gate and up are 2 and whose down is 1, hidden and intermediate size 1.
+/// let (two, one) = ([bf16::from_f32(2.0)], [bf16::ONE]);
+/// let matrix = |values| -> Result<_, ViewError> {
+///     Ok(WeightMatrix { values: TensorView::from_slice(values, DType::Bf16, &[1, 1])?, scale: None })
+/// };
+/// let expert = ExpertMatrices { gate: matrix(&two)?, up: matrix(&two)?, down: matrix(&one)? };
+/// let output = Layer {
+///     shape: Shape { hidden: 1, intermediate: 1, top_k: 1 },
+///     quant: QuantScheme::Unquantized,
+///     router_weight: RouterWeight::OnOutput,
+///     input_scales: InputScales::OfSource,
+///     experts: &[expert],
+///     placement: &ExpertPlacement::linear(1, 1)?,
+///     ranks: &[RankTokens { hidden: &one, ids: &[0], weights: &[0.5] }],
+/// }
+/// .run()?;
+/// // 0.5 · bf16(silu(2) · 2)
+/// assert!((output[0][0] - 0.5 * 3.515625).abs() < 1e-12, "{output:?}");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct Layer<'a> {
+    /// Sizes.
+    pub shape: Shape,
+    /// How activations are quantised. The weights are what [`Layer::experts`] holds.
+    pub quant: QuantScheme,
+    /// Where the routing weight is applied.
+    pub router_weight: RouterWeight,
+    /// Who shares a dynamic per-tensor scale.
+    pub input_scales: InputScales,
+    /// All experts by global id: bf16, f16 or f32 values, or FP8 codes with scales.
+    pub experts: &'a [ExpertMatrices<'a>],
+    /// Which rank holds which expert. Per-tensor scales before gemm2 are per rank.
+    pub placement: &'a ExpertPlacement,
+    /// The tokens of every rank.
+    pub ranks: &'a [RankTokens<'a>],
+}
+
+impl Layer<'_> {
+    /// The output of every rank, `[tokens, hidden]` each. Work is spread over all cores if there is much.
+    ///
+    /// # Errors
+    /// [`OracleError`].
+    pub fn run(&self) -> Result<Vec<Vec<f64>>, OracleError> {
+        self.check()?;
+        let Shape { hidden, .. } = self.shape;
+        let rows: Vec<Vec<bf16>> = self.ranks.iter().map(|tokens| self.sent(tokens)).collect();
+        let all_rows = rows.concat();
+        let ids: Vec<i32> = self.ranks.iter().flat_map(|t| t.ids).copied().collect();
+        let weights: Vec<f32> = self.ranks.iter().flat_map(|t| t.weights).copied().collect();
+        let granularity = self.quant.activation_granularity();
+        let by_source: Vec<f64> =
+            rows.iter().flat_map(|rows| dequantized(self.quant, granularity, rows, hidden)).collect();
+
+        let mut out = vec![0.0; all_rows.len()];
+        for rank in (0..self.placement.ep_size() as u32).map(Rank) {
+            let experts = RankExperts {
+                shape: self.shape,
+                quant: self.quant,
+                router_weight: self.router_weight,
+                experts: self.experts,
+                placement: self.placement,
+                rank,
+            };
+            let deferred = match (granularity, self.input_scales) {
+                (Some(Granularity::Tensor), InputScales::OfAllRows) => {
+                    Some(dequantized(self.quant, granularity, &all_rows, hidden))
+                }
+                (Some(Granularity::Tensor), InputScales::OfNeededRows) => {
+                    Some(self.needed(rank, &all_rows, &ids))
+                }
+                _ => None,
+            };
+            let values = deferred.as_deref().unwrap_or(&by_source);
+            experts.add_partial(ArrivedRows { values, ids: &ids, weights: &weights }, &mut out)?;
+        }
+        let mut rest = out.as_slice();
+        let per_rank = self.ranks.iter().map(|tokens| {
+            let (mine, others) = rest.split_at(tokens.hidden.len());
+            rest = others;
+            mine.to_vec()
+        });
+        Ok(per_rank.collect())
+    }
+
+    /// What a rank quantises: its tokens, times the routing weight where dispatch applies it.
+    fn sent(&self, tokens: &RankTokens<'_>) -> Vec<bf16> {
+        if self.router_weight != RouterWeight::OnInputByPrepare {
+            return tokens.hidden.to_vec();
+        }
+        weighted_rows(tokens.hidden, tokens.weights, self.shape.hidden)
+    }
+
+    /// All rows, those that name an expert of `rank` quantised with a scale of their own, the others zero.
+    fn needed(&self, rank: Rank, rows: &[bf16], ids: &[i32]) -> Vec<f64> {
+        let Shape { hidden, top_k, .. } = self.shape;
+        let mut masked = rows.to_vec();
+        for (row, ids) in masked.chunks_exact_mut(hidden).zip(ids.chunks_exact(top_k)) {
+            if ids.iter().all(|&id| self.placement.rank_of_slot(id) != Some(rank)) {
+                row.fill(bf16::ZERO);
+            }
+        }
+        dequantized(self.quant, Some(Granularity::Tensor), &masked, hidden)
+    }
+
+    fn check(&self) -> Result<(), OracleError> {
+        let Shape { hidden, top_k, .. } = self.shape;
+        let wanted = [self.placement.num_experts()];
+        if self.experts.len() != wanted[0] {
+            let found = vec![self.experts.len()];
+            return Err(OracleError::Shape { tensor: "experts", found, wanted: wanted.to_vec() });
+        }
+        for (rank, tokens) in self.ranks.iter().enumerate() {
+            let count = tokens.hidden.len() / hidden;
+            for (tensor, found, wanted) in [
+                ("hidden states", tokens.hidden.len(), count * hidden),
+                ("top-k ids", tokens.ids.len(), count * top_k),
+                ("top-k weights", tokens.weights.len(), count * top_k),
+            ] {
+                if found != wanted {
+                    return Err(OracleError::Shape { tensor, found: vec![found], wanted: vec![wanted] });
+                }
+            }
+            for (position, &id) in tokens.ids.iter().enumerate() {
+                if id != -1 && self.placement.rank_of_slot(id).is_none() {
+                    return Err(OracleError::NoSuchExpert { rank: Rank(rank as u32), position, id });
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// `bf16(x · w)` row by row, with one weight per row (`top_k` 1).
+pub(crate) fn weighted_rows(rows: &[bf16], weights: &[f32], hidden: usize) -> Vec<bf16> {
+    let rows = rows.chunks_exact(hidden).zip(weights);
+    rows.flat_map(|(row, &w)| row.iter().map(move |x| bf16::from_f32(x.to_f32() * w))).collect()
+}

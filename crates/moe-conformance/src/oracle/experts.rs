@@ -1,0 +1,200 @@
+//! The experts of one rank in f64: gemm1, activation, rounding, requantisation, gemm2, weighted sum.
+
+use std::sync::Mutex;
+
+use fused_moe_core::{
+    ExpertMatrices, ExpertPlacement, GlobalExpertId, Granularity, QuantScheme, Rank, RouterWeight,
+};
+use half::bf16;
+
+use super::codec::{dequantize_rows, quantize_rows};
+use super::matrix::Matrix;
+use super::{OracleError, Shape};
+
+/// Multiply-adds below which threads cost more than they save.
+const WORTH_A_THREAD: usize = 20_000_000;
+
+/// What one rank computes.
+#[derive(Clone, Copy)]
+pub(crate) struct RankExperts<'a> {
+    pub(crate) shape: Shape,
+    pub(crate) quant: QuantScheme,
+    pub(crate) router_weight: RouterWeight,
+    /// All experts of the layer, by global id.
+    pub(crate) experts: &'a [ExpertMatrices<'a>],
+    pub(crate) placement: &'a ExpertPlacement,
+    pub(crate) rank: Rank,
+}
+
+/// Rows that arrived at a rank, as gemm1 sees them.
+#[derive(Clone, Copy)]
+pub(crate) struct ArrivedRows<'a> {
+    /// `[rows, hidden]`, dequantised.
+    pub(crate) values: &'a [f64],
+    /// `[rows, top_k]`.
+    pub(crate) ids: &'a [i32],
+    /// `[rows, top_k]`.
+    pub(crate) weights: &'a [f32],
+}
+
+/// One (row, slot) whose expert is on this rank.
+#[derive(Clone, Copy)]
+struct Pair {
+    row: usize,
+    weight: f64,
+}
+
+/// The pairs of one expert, and where their part of a buffer begins.
+struct Group<'a> {
+    expert: &'a ExpertMatrices<'a>,
+    pairs: &'a [Pair],
+}
+
+impl RankExperts<'_> {
+    /// Adds this rank's partial sums to `out`, `[rows, hidden]`.
+    pub(crate) fn add_partial(&self, rows: ArrivedRows<'_>, out: &mut [f64]) -> Result<(), OracleError> {
+        let Shape { hidden, intermediate, top_k } = self.shape;
+        let mut of_expert: Vec<Vec<Pair>> = vec![Vec::new(); self.experts.len()];
+        for (position, (&id, &weight)) in rows.ids.iter().zip(rows.weights).enumerate() {
+            if self.placement.rank_of_slot(id) == Some(self.rank) {
+                let pair = Pair { row: position / top_k, weight: f64::from(weight) };
+                of_expert[id as usize].push(pair);
+            }
+        }
+        let local = self.placement.experts_of(self.rank);
+        let groups: Vec<Group<'_>> = local
+            .map(|GlobalExpertId(id)| id as usize)
+            .filter(|&id| !of_expert[id].is_empty())
+            .map(|id| Group { expert: &self.experts[id], pairs: &of_expert[id] })
+            .collect();
+        let num_pairs: usize = groups.iter().map(|g| g.pairs.len()).sum();
+        let parallel = num_pairs * hidden * intermediate > WORTH_A_THREAD;
+
+        let mut activated = vec![bf16::ZERO; num_pairs * intermediate];
+        for_each(split(&groups, &mut activated, intermediate), parallel, |(group, out)| {
+            self.gemm1(group, rows.values, out)
+        })?;
+        let inputs = self.requantized(&activated);
+        let mut outputs = vec![0.0; num_pairs * hidden];
+        let mut first = 0;
+        let with_inputs = split(&groups, &mut outputs, hidden).into_iter().map(|(group, out)| {
+            let input = &inputs[first * intermediate..][..group.pairs.len() * intermediate];
+            first += group.pairs.len();
+            (group, input, out)
+        });
+        let with_inputs: Vec<_> = with_inputs.collect();
+        for_each(with_inputs, parallel, |(group, input, out)| self.gemm2(group, input, out))?;
+
+        let pairs = groups.iter().flat_map(|g| g.pairs);
+        for (pair, output) in pairs.zip(outputs.chunks_exact(hidden)) {
+            let weight = if self.router_weight == RouterWeight::OnOutput { pair.weight } else { 1.0 };
+            let row = &mut out[pair.row * hidden..][..hidden];
+            row.iter_mut().zip(output).for_each(|(sum, y)| *sum += weight * y);
+        }
+        Ok(())
+    }
+
+    /// `silu(x · gateᵀ) · (x · upᵀ)`, rounded to bf16: `[pairs, intermediate]`.
+    fn gemm1(&self, group: &Group<'_>, values: &[f64], out: &mut [bf16]) -> Result<(), OracleError> {
+        let Shape { hidden, intermediate, .. } = self.shape;
+        let dims = [intermediate, hidden];
+        let gate = Matrix::new("gate", group.expert.gate, dims)?;
+        let up = Matrix::new("up", group.expert.up, dims)?;
+        let (mut gate_row, mut up_row) = (vec![0.0; hidden], vec![0.0; hidden]);
+        for column in 0..intermediate {
+            gate.row(column, &mut gate_row)?;
+            up.row(column, &mut up_row)?;
+            for (pair, out) in group.pairs.iter().zip(out.chunks_exact_mut(intermediate)) {
+                let x = &values[pair.row * hidden..][..hidden];
+                let early =
+                    if self.router_weight == RouterWeight::OnInputByExperts { pair.weight } else { 1.0 };
+                let (g, u) = (early * dot(x, &gate_row), early * dot(x, &up_row));
+                out[column] = bf16::from_f64(g / (1.0 + (-g).exp()) * u);
+            }
+        }
+        Ok(())
+    }
+
+    /// What gemm2 reads: the activations of all pairs of this rank after the second quantisation.
+    fn requantized(&self, activated: &[bf16]) -> Vec<f64> {
+        dequantized(self.quant, self.quant.activation_granularity(), activated, self.shape.intermediate)
+    }
+
+    fn gemm2(&self, group: &Group<'_>, inputs: &[f64], out: &mut [f64]) -> Result<(), OracleError> {
+        let Shape { hidden, intermediate, .. } = self.shape;
+        let down = Matrix::new("down", group.expert.down, [hidden, intermediate])?;
+        let mut down_row = vec![0.0; intermediate];
+        for column in 0..hidden {
+            down.row(column, &mut down_row)?;
+            for (x, out) in inputs.chunks_exact(intermediate).zip(out.chunks_exact_mut(hidden)) {
+                out[column] = dot(x, &down_row);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Rows after a trip through the codes of `quant`; unchanged without quantisation.
+pub(crate) fn dequantized(
+    quant: QuantScheme,
+    granularity: Option<Granularity>,
+    rows: &[bf16],
+    width: usize,
+) -> Vec<f64> {
+    match (quant.fp8(), granularity) {
+        (Some(format), Some(granularity)) => {
+            dequantize_rows(format, granularity, &quantize_rows(format, granularity, rows, width), width)
+        }
+        _ => rows.iter().map(|x| x.to_f64()).collect(),
+    }
+}
+
+/// Pairs each group with its rows of `buffer`.
+fn split<'g, 'b, T>(
+    groups: &'g [Group<'g>],
+    mut buffer: &'b mut [T],
+    width: usize,
+) -> Vec<(&'g Group<'g>, &'b mut [T])> {
+    let mut parts = Vec::with_capacity(groups.len());
+    for group in groups {
+        let (head, tail) = buffer.split_at_mut(group.pairs.len() * width);
+        parts.push((group, head));
+        buffer = tail;
+    }
+    parts
+}
+
+/// Runs `work` on every item, over all cores if it is `parallel`.
+fn for_each<T: Send>(
+    items: Vec<T>,
+    parallel: bool,
+    work: impl Fn(T) -> Result<(), OracleError> + Sync,
+) -> Result<(), OracleError> {
+    if !parallel {
+        return items.into_iter().try_for_each(work);
+    }
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(items.len());
+    let queue = Mutex::new(items.into_iter());
+    let next = || queue.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).next();
+    let drain = || std::iter::from_fn(&next).try_for_each(&work);
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(drain)).collect();
+        threads.into_iter().try_for_each(|thread| match thread.join() {
+            Ok(done) => done,
+            Err(panic) => std::panic::resume_unwind(panic),
+        })
+    })
+}
+
+/// Sum of products in eight lanes, which the compiler vectorises.
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    let mut lanes = [0.0; 8];
+    let (a_chunks, b_chunks) = (a.chunks_exact(8), b.chunks_exact(8));
+    let tail: f64 = a_chunks.remainder().iter().zip(b_chunks.remainder()).map(|(x, y)| x * y).sum();
+    for (a, b) in a_chunks.zip(b_chunks) {
+        for ((lane, x), y) in lanes.iter_mut().zip(a).zip(b) {
+            *lane += x * y;
+        }
+    }
+    lanes.iter().sum::<f64>() + tail
+}

@@ -1,0 +1,148 @@
+//! How a case ends, and how long it may take.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use ep_transport::{Endpoint, ThreadOptions, run_ranks};
+use fused_moe_core::Unsupported;
+
+use crate::seed::Seed;
+
+/// How a case ended. There is no skipping: what is not supported is refused with reasons, and whoever refuses must
+/// refuse to be built, too.
+#[derive(Clone, Debug, PartialEq)]
+#[must_use]
+pub enum Outcome {
+    /// As it must be.
+    Pass,
+    /// The backend said beforehand that it cannot, and why.
+    Refused(Vec<Unsupported>),
+    /// Not as it must be, with the case, the rank and the first difference.
+    Fail(String),
+}
+
+impl Outcome {
+    /// Whether it is [`Outcome::Pass`].
+    pub fn is_pass(&self) -> bool {
+        matches!(self, Outcome::Pass)
+    }
+
+    /// Whether it is [`Outcome::Fail`].
+    pub fn is_fail(&self) -> bool {
+        matches!(self, Outcome::Fail(_))
+    }
+
+    /// The same with `context` in front of a failure.
+    pub(crate) fn within(self, context: impl std::fmt::Display) -> Self {
+        match self {
+            Outcome::Fail(why) => Outcome::Fail(format!("{context}: {why}")),
+            other => other,
+        }
+    }
+}
+
+impl std::fmt::Display for Outcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Outcome::Pass => f.write_str("pass"),
+            Outcome::Refused(reasons) => {
+                f.write_str("refused")?;
+                reasons.iter().try_for_each(|reason| write!(f, "\n  {reason}"))
+            }
+            Outcome::Fail(why) => write!(f, "fail: {why}"),
+        }
+    }
+}
+
+/// A check of a case: nothing, or the outcome that ends it.
+pub(crate) type Check<T = ()> = Result<T, Outcome>;
+
+pub(crate) fn fail<T>(why: impl std::fmt::Display) -> Check<T> {
+    Err(Outcome::Fail(why.to_string()))
+}
+
+/// An error with all its causes.
+pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    std::iter::successors(error.source(), |e| e.source()).fold(error.to_string(), |s, e| format!("{s}: {e}"))
+}
+
+/// What a run of the suite starts from.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// What all random numbers follow from. Every failure prints it.
+    pub seed: Seed,
+    /// Deadline of every wait between ranks.
+    pub timeout: Duration,
+}
+
+impl Default for Settings {
+    /// A fresh seed, and 20 s: no round takes so long, on however busy a machine.
+    fn default() -> Self {
+        Self { seed: Seed::fresh(), timeout: Duration::from_secs(20) }
+    }
+}
+
+impl Settings {
+    /// The settings with another seed.
+    #[must_use]
+    pub fn with_seed(mut self, seed: Seed) -> Self {
+        self.seed = seed;
+        self
+    }
+
+    /// The settings with another deadline.
+    #[must_use]
+    pub fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// How long a case may take before it counts as hanging.
+    fn patience(&self) -> Duration {
+        self.timeout * 4 + Duration::from_secs(40)
+    }
+}
+
+/// Runs `case` on a thread of its own. A panic and a hang are failures; the thread of a hang is left behind.
+pub(crate) fn supervised(settings: Settings, case: impl FnOnce() -> Check + Send + 'static) -> Outcome {
+    let (done, outcome) = mpsc::channel();
+    let run = move || {
+        let ended = catch_unwind(AssertUnwindSafe(case)).unwrap_or_else(|panic| {
+            let text = panic.downcast_ref::<String>().cloned();
+            let text = text.or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string));
+            fail(format!("panicked: {}", text.unwrap_or_default()))
+        });
+        // Nobody listens any more if the patience has ended.
+        let _ = done.send(ended.err().unwrap_or(Outcome::Pass));
+    };
+    if let Err(error) = std::thread::Builder::new().name("conformance".into()).spawn(run) {
+        return Outcome::Fail(format!("no thread for the case: {error}"));
+    }
+    let patience = settings.patience();
+    outcome
+        .recv_timeout(patience)
+        .unwrap_or_else(|_| Outcome::Fail(format!("hangs: no end after {patience:?}")))
+}
+
+/// Runs `body` on `ep_size` ranks that are threads and returns what they return, or the failures of all.
+pub(crate) fn on_ranks<T: Send>(
+    ep_size: usize,
+    timeout: Duration,
+    body: impl Fn(Endpoint) -> Check<T> + Sync,
+) -> Check<Vec<T>> {
+    let options = ThreadOptions { timeout, ..ThreadOptions::default() };
+    let results = match run_ranks(ep_size, options, body) {
+        Ok(results) => results,
+        Err(error) => return fail(error),
+    };
+    let (mut values, mut failures) = (Vec::new(), Vec::new());
+    for (rank, result) in results.into_iter().enumerate() {
+        match result {
+            Ok(value) => values.push(value),
+            Err(Outcome::Fail(why)) => failures.push(format!("rank {rank}: {why}")),
+            Err(other) => return Err(other),
+        }
+    }
+    if failures.is_empty() { Ok(values) } else { fail(failures.join("\n  ")) }
+}
