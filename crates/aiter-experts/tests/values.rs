@@ -64,7 +64,7 @@ fn every_scheme_matches_the_contract(
 #[case(Fp8Block(FN), Fault::NoSecondQuantisation)]
 #[case(Fp8Ptpc(FN), Fault::NoSecondQuantisation)]
 #[case(Fp8PerTensor(FNUZ), Fault::NoSecondQuantisation)]
-#[case(Fp8Block(FNUZ), Fault::ScaleOfTheNextRow)]
+#[case(Fp8Block(FNUZ), Fault::WrongInputScale)]
 fn mistakes_are_noticed(#[case] quant: QuantScheme, #[case] fault: Fault) {
     let (config, layer, batch, _) = draw(quant, RAGGED, [33, 40], Arrival::Quantised);
     let wrong = Expected::of(&config, (&layer, Rank(0)), &batch, (Arrival::Quantised, fault));

@@ -12,7 +12,7 @@ pub enum Fault {
     SwappedGateUp,
     NoSecondQuantisation,
     NoRouterWeight,
-    ScaleOfTheNextRow,
+    WrongInputScale,
 }
 
 /// What the experts must return.
@@ -48,8 +48,8 @@ impl Expected {
         for rows in sources {
             x_hat.extend(quantised(quant, &x[rows.start * hidden..rows.end * hidden], hidden).0);
         }
-        if fault == Fault::ScaleOfTheNextRow {
-            // The effect of a misread scale without the machinery: rows are off by a constant factor.
+        if fault == Fault::WrongInputScale {
+            // What a misread scale does: rows are off by a factor.
             x_hat.iter_mut().for_each(|x| *x *= 1.1);
         }
         let pairs: Vec<(usize, usize, usize)> = (0..batch.rows * top_k)
