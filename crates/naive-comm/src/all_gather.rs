@@ -1,35 +1,35 @@
-//! Several ranks: every rank gets every row, runs its own experts on all of them, and sends each row's partial
-//! sum to the row's owner.
+//! Several ranks: every rank gets every row, runs its own experts on all of them, and sends each row's
+//! partial sum to the row's owner.
 //!
-//! A round has three steps, four with an all-reduce. In each, every rank posts one [`Status`] to every rank and
-//! waits for those of all:
+//! A round has three steps, four with an all-reduce. In each, every rank posts one [`Status`] to every rank
+//! and waits for those of all:
 //!
-//! 1. *Announce*: how many rows each rank brings. Their prefix sums in rank order say where the rows go, so they
-//!    arrive without gaps and in the same order in every run.
+//! 1. *Announce*: how many rows each rank brings. Their prefix sums in rank order say where the rows go, so
+//!    they arrive without gaps and in the same order in every run.
 //! 2. *Dispatch*: each rank has put its rows to every rank.
 //! 3. *Combine*: each rank has put to every owner the partial sums of the owner's rows.
 //! 4. *Sums* (all-reduce): each owner has put the sums of its rows to every rank.
 //!
 //! # Who may touch which bytes when
-//! Call a region of a rank *open* to its peers from the moment at which they have seen its Announce of round r
-//! until it has seen their statuses of the step that writes the region in round r. The rows of all puts of round
-//! r lie in that time, and the rank's own references lie outside:
+//! Call a region of a rank *open* to its peers from the moment at which they have seen its Announce of round
+//! r until it has seen their statuses of the step that writes the region in round r. All puts of round r lie
+//! in that time, and the rank's own references lie outside:
 //!
 //! - A peer puts only after it has seen the Announces of all ranks, this one's included. This rank posts its
 //!   Announce of round r through `&mut`, when round r − 1 is over for it and no view of its buffers is left.
-//! - It makes its own references to gathered rows, partial sums and sums only after a wait for *all* statuses of
-//!   the step that writes them, and each peer posts its status behind its puts. Ranges of different sources are
-//!   disjoint: the source's interval of rows, or its slot.
-//! - A step that fails ends the round on all ranks alike, as all see the same statuses. If the Announces hold a
-//!   fault, nobody puts anything. If those of a later step do, the wait was still for all ranks, so that all puts
-//!   of the step are done, and no later step of the round puts anything. A fast rank may then be in round r + 1
-//!   while a slow one still reads the statuses of round r: its Announce goes to a slot of the other parity, and
-//!   it cannot come to its puts before the slow rank, too, has announced round r + 1.
+//! - It makes its own references to gathered rows, partial sums and sums only after a wait for *all* statuses
+//!   of the step that writes them, and each peer posts its status behind its puts. Ranges of different
+//!   sources are disjoint: the source's interval of rows, or its slot.
+//! - A step that fails ends the round on all ranks alike, as all see the same statuses. If the Announces hold
+//!   a fault, nobody puts anything. If those of a later step do, the wait was still for all ranks, so that
+//!   all puts of the step are done, and no later step of the round puts anything. A fast rank may then be in
+//!   round r + 1 while a slow one still reads the statuses of round r: its Announce goes to a slot of the
+//!   other parity, and it cannot come to its puts before the slow rank, too, has announced round r + 1.
 //! - It cannot come to round r + 2 either, so no status is overwritten before it is read, even where rounds
 //!   that failed early leave the slots of later steps unused.
 //!
-//! What a rank puts *from* (its own rows, the experts' outputs, its sums) is written again in the next round at
-//! the earliest, and `announce` begins with a `quiet`. Lent outputs are different: a caller who drops the
+//! What a rank puts *from* (its own rows, the experts' outputs, its sums) is written again in the next round
+//! at the earliest, and `announce` begins with a `quiet`. Lent outputs are different: a caller who drops the
 //! ticket gets them back before the receive, so their puts end within the send.
 
 use std::sync::Arc;
@@ -230,8 +230,8 @@ impl Exchange for AllGather {
         let mut columns: [&mut [u8]; COLUMNS] = Default::default();
         for (index, column) in columns.iter_mut().enumerate() {
             let bytes = self.shape.columns[index].bytes(self.shape.max_tokens);
-            // SAFETY: no peer puts here, `self` is borrowed exclusively, and the columns are disjoint; the puts
-            // from it have ended since `announce`.
+            // SAFETY: no peer puts here, `self` is borrowed exclusively, and the columns are disjoint; the
+            // puts from it have ended since `announce`.
             *column = unsafe { self.heap.local_mut(self.regions.staged[index], bytes)? };
         }
         Ok(columns)
@@ -250,8 +250,8 @@ impl Exchange for AllGather {
                 // SAFETY: `staging` is not borrowed any more and nothing is put to it.
                 let bytes = unsafe { self.heap.local(self.regions.staged[index], column.bytes(own))? };
                 let offset = self.regions.gathered[index] + column.bytes(start);
-                // SAFETY: the range is that of this rank's rows, and open; the staged rows stay as they are until
-                // the next round.
+                // SAFETY: the range is that of this rank's rows, and open; the staged rows stay as they are
+                // until the next round.
                 unsafe { self.heap.put_nbi(to, Payload { offset, bytes })? };
             }
             self.regions.dispatch.post(&*self.heap, to, round, status)?;
@@ -297,8 +297,8 @@ impl Exchange for AllGather {
         for to in self.ranks() {
             let (start, count) = self.rows_of(to);
             let bytes = &rows[self.shape.outputs.bytes(start)..][..self.shape.outputs.bytes(count)];
-            // SAFETY: the slot is this rank's own on every rank, and open. The outputs stay as they are: those
-            // in place until the next round, those that are lent until the `quiet` below.
+            // SAFETY: the slot is this rank's own on every rank, and open. The outputs stay as they are:
+            // those in place until the next round, those that are lent until the `quiet` below.
             unsafe { self.heap.put_nbi(to, Payload { offset: slot, bytes })? };
             combine.post(&*self.heap, to, round, Status::done(count as u64))?;
         }
@@ -314,8 +314,8 @@ impl Exchange for AllGather {
             return Ok(Err(failure));
         }
         let bytes = self.shape.outputs.bytes(self.shape.max_rows());
-        // SAFETY: the statuses of all ranks have been seen, so the region is not open until the next `announce`,
-        // which `self` being borrowed rules out.
+        // SAFETY: the statuses of all ranks have been seen, so the region is not open until the next
+        // `announce`, which `self` being borrowed rules out.
         let elements = elements_of(unsafe { self.heap.local(self.regions.partials, bytes)? });
         let Shape { max_tokens, hidden, .. } = self.shape;
         let partials = Partials { elements, max_tokens, hidden };
@@ -334,5 +334,78 @@ impl Exchange for AllGather {
             Outstanding::FinalizeSent(_) => self.regions.all_reduce.as_ref().map(|all| all.board),
         };
         board.map_or(Ok(()), |board| self.post_to_all(board, round, Status::failed(Fault::Abandoned)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ep_transport::{ThreadOptions, run_ranks, transport_of};
+    use fused_moe_core::{
+        Activation, DType, DeviceKind, ExpertPlacement, ExpertsCaps, KernelKind, PrepareFinalizeProvider,
+        QuantScheme, Support, WireFormat, negotiate,
+    };
+
+    use super::*;
+    use crate::Naive;
+
+    const RANKS: usize = 3;
+
+    /// Runs `body` on every rank with an exchange of an all-reduce: rows of two elements, four per rank.
+    fn run<T: Send>(body: impl Fn(AllGather) -> Result<T> + Sync) -> Vec<T> {
+        let config = MoeConfig {
+            hidden: 2,
+            intermediate: 2,
+            top_k: 1,
+            max_tokens_per_rank: 4,
+            in_dtype: DType::Bf16,
+            quant: QuantScheme::Unquantized,
+            activation: Activation::Silu,
+            apply_router_weight_on_input: false,
+            routing: None,
+            placement: ExpertPlacement::linear(RANKS, RANKS).expect("a group"),
+            ranks_per_node: RANKS,
+            device: DeviceKind::Host,
+        };
+        let Support::Supported(caps) = Naive.supports(&config, KernelKind::Modular) else {
+            panic!("a plain layer is refused");
+        };
+        let experts = ExpertsCaps::host("none", vec![WireFormat::unquantized(DType::Bf16)]);
+        let plan = negotiate(&config, &caps, &experts).expect("a pair that fits");
+        let outcomes = run_ranks(RANKS, ThreadOptions::default(), |group| {
+            let transport = transport_of(&group).expect("an endpoint has a transport");
+            body(AllGather::new(&config, &plan, Reduction::AllReduce, &*transport)?)
+        });
+        let values: Result<Vec<T>> = outcomes.expect("threads").into_iter().collect();
+        values.expect("no peer is lost")
+    }
+
+    #[test]
+    fn an_all_reduce_gives_every_rank_the_sums_of_all_rows() {
+        let all = run(|mut exchange| {
+            let me = exchange.heap.rank().0;
+            // Rank r brings r rows. Its experts contribute 10 · row + r to each row.
+            exchange.announce(1, Status::done(u64::from(me)))?;
+            assert_eq!(exchange.gather(1, None)?, Ok(3));
+            let output = elements_of_mut(exchange.received()?.output.expect("in place"));
+            let rows = output.chunks_mut(2).enumerate();
+            rows.for_each(|(row, x)| x.fill(bf16::from_f32((10 * row) as f32 + me as f32)));
+            exchange.scatter(1, Outputs::InPlace)?;
+            assert!(exchange.collect(1)?.is_ok());
+            let sums = exchange.regions.all_reduce.as_ref().expect("an all-reduce").sums;
+            // SAFETY: all statuses of the step were seen in `collect`.
+            Ok(elements_of(unsafe { exchange.heap.local(sums, 3 * 2 * 2)? }).to_vec())
+        });
+        let want = [3.0, 3.0, 33.0, 33.0, 63.0, 63.0].map(bf16::from_f32);
+        assert_eq!(all, vec![want.to_vec(); RANKS]);
+    }
+
+    #[test]
+    fn rows_that_do_not_fit_are_refused_by_all() {
+        let verdicts = run(|mut exchange| {
+            let count = if exchange.heap.rank() == Rank(1) { 5 } else { 4 };
+            exchange.announce(1, Status::done(count))?;
+            exchange.gather(1, None)
+        });
+        assert_eq!(verdicts, vec![Err((Rank(1), Fault::TooManyTokens { tokens: 5, max: 4 })); RANKS]);
     }
 }

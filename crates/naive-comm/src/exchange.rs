@@ -29,8 +29,8 @@ pub(crate) enum Outputs<'a> {
     Failed(Fault),
 }
 
-/// Moves the rows of a round between the ranks. Called in the order of the methods, once per round each, except
-/// that a round ends where a [`Verdict`] is an error. Nothing is allocated.
+/// Moves the rows of a round between the ranks. Called in the order of the methods, once per round each,
+/// except that a round ends where a [`Verdict`] is an error. Nothing is allocated.
 pub(crate) trait Exchange: Send {
     /// Bytes of all buffers.
     fn allocated_bytes(&self) -> usize;
@@ -41,8 +41,8 @@ pub(crate) trait Exchange: Send {
     /// The columns for this rank's own rows, `max_tokens_per_rank` each.
     fn staging(&mut self) -> Result<[&mut [u8]; COLUMNS]>;
 
-    /// Brings the rows of all ranks together, in rank order, and returns their number. `late` is a fault of this
-    /// rank since it announced its rows.
+    /// Brings the rows of all ranks together, in rank order, and returns their number. `late` is a fault of
+    /// this rank since it announced its rows.
     fn gather(&mut self, round: u64, late: Option<Fault>) -> Result<Verdict<usize>>;
 
     /// The gathered rows.

@@ -89,7 +89,8 @@ impl<X: Exchange> Engine<X> {
         self.exchange
             .announce(sent.round(), own)
             .map_err(|error| self.broken(error, Stage::QuantizeDispatch))?;
-        // The peers already know how many rows will come; a misfit that is found now travels with the next step.
+        // The peers already know how many rows will come; a misfit that is found now travels with the next
+        // step.
         if fault.is_none()
             && let Err(why) = self.stage(sent.routing(), hidden, route)
         {

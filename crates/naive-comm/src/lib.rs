@@ -1,4 +1,5 @@
-//! Stages 2 and 4: dispatch and combine that gather every token everywhere. Simple, and right on any transport.
+//! Stages 2 and 4: dispatch and combine that gather every token everywhere. Simple, and right on any
+//! transport.
 //!
 //! | provider | name | ranks | dispatch | combine |
 //! |---|---|---|---|---|
@@ -6,9 +7,10 @@
 //! | [`AllGatherReduceScatter`] | `allgather_reducescatter` | any | all-gather | reduce-scatter |
 //! | [`Naive`] | `naive` | any | all-gather | all-reduce |
 //!
-//! All three serve modular layers (ids and weights travel with the tokens) and monolithic ones (logits do), carry
-//! bf16 or the scheme's FP8 with its scales, and lend the experts their combine buffer. Expert outputs travel in
-//! bf16 and are summed once, over the ranks in rank order in f32, so the same input gives the same bits.
+//! All three serve modular layers (ids and weights travel with the tokens) and monolithic ones (logits do),
+//! carry bf16 or the scheme's FP8 with its scales, and lend the experts their combine buffer. Expert outputs
+//! travel in bf16 and are summed once, over the ranks in rank order in f32, so the same input gives the same
+//! bits.
 //!
 //! ```
 //! use fused_moe_core::*;
@@ -53,8 +55,9 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! What it does not do: it sends every token to every rank, wherever its experts are (`mori-comm` sends one copy
-//! per rank that needs it); it has no hidden states but bf16, no device memory, and no batched activations.
+//! What it does not do: it sends every token to every rank, wherever its experts are (`mori-comm` sends one
+//! copy per rank that needs it); it has no hidden states but bf16, no device memory, and no batched
+//! activations.
 
 mod provider;
 

@@ -12,18 +12,18 @@ use crate::handle::{Engine, Modular, Monolithic};
 use crate::local::OneRank;
 use crate::row::{Column, columns};
 
-/// `local`: one rank, no transport. Rows are quantised (or copied) into the handle's buffer, and the combine casts
-/// the experts' output. Any process group of one rank will do.
+/// `local`: one rank, no transport. Rows are quantised (or copied) into the handle's buffer, and the combine
+/// casts the experts' output. Any process group of one rank will do.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Local;
 
-/// `allgather_reducescatter`: every rank gets the rows of all ranks and runs its own experts on them; each rank
-/// then sums the partial sums of its own rows. Works on every transport.
+/// `allgather_reducescatter`: every rank gets the rows of all ranks and runs its own experts on them; each
+/// rank then sums the partial sums of its own rows. Works on every transport.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct AllGatherReduceScatter;
 
-/// `naive`: as [`AllGatherReduceScatter`], but every rank ends with the sums of all rows (in the configuration's
-/// element type), of which it uses its own.
+/// `naive`: as [`AllGatherReduceScatter`], but every rank ends with the sums of all rows (in the
+/// configuration's element type), of which it uses its own.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Naive;
 

@@ -5,8 +5,8 @@ use fused_moe_core::{
 };
 use half::bf16;
 
-/// Columns of a row: payload, scales, and what routes it. Routing is ids and weights in a modular round, logits
-/// and an empty column in a monolithic one.
+/// Columns of a row: payload, scales, and what routes it. Routing is ids and weights in a modular round,
+/// logits and an empty column in a monolithic one.
 pub(crate) const COLUMNS: usize = 4;
 
 /// One tensor `[rows, width]`, row-major without gaps.
@@ -63,8 +63,8 @@ impl Column {
 
 /// The memory of `elements`.
 pub(crate) fn bytes_of(elements: &[bf16]) -> &[u8] {
-    // SAFETY: a bf16 is a transparent u16, so all of its bytes are initialised, and bytes need no alignment; the
-    // borrow is the same.
+    // SAFETY: a bf16 is a transparent u16, so all of its bytes are initialised, and bytes need no alignment;
+    // the borrow is the same.
     unsafe { std::slice::from_raw_parts(elements.as_ptr().cast(), size_of_val(elements)) }
 }
 

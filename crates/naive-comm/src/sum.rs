@@ -59,7 +59,7 @@ mod tests {
 
     #[test]
     fn one_rank_is_copied_bit_for_bit() {
-        let elements: Vec<bf16> = (0..300u16).map(|i| bf16::from_bits(i * 211 & 0xbfff)).collect();
+        let elements: Vec<bf16> = (0..300u16).map(|i| bf16::from_bits((i * 211) & 0xbfff)).collect();
         let mut out = vec![bf16::NAN; 150];
         Partials { elements: &elements, max_tokens: 2, hidden: 150 }.sum_row(1, &mut out, bf16::from_f32);
         let bits = |x: &[bf16]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();

@@ -1,4 +1,5 @@
-//! A layer with toy experts: expert `e` multiplies by `e + 1`. One case, its inputs, its rounds and its answer.
+//! A layer with toy experts: expert `e` multiplies by `e + 1`. One case, its inputs, its rounds and its
+//! answer.
 
 use ep_transport::{Endpoint, ThreadOptions, run_ranks};
 use fused_moe_core::*;
@@ -176,7 +177,8 @@ impl Tokens {
         }
     }
 
-    /// What must come back: per rank f32 products rounded to bf16, summed over the ranks in rank order in f32.
+    /// What must come back: per rank f32 products rounded to bf16, summed over the ranks in rank order in
+    /// f32.
     pub fn answer(&self, case: &Case, config: &MoeConfig) -> Vec<f32> {
         let (payload, scales) = self.on_the_wire(case);
         let scales_per_token = scales.len() / self.count.max(1);
