@@ -1,2 +1,42 @@
-//! fmoe
-fn main() {}
+//! `fmoe`: run, plan, verify and measure expert-parallel MoE layers.
+
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{BenchCommand, Cli, Command};
+
+mod args;
+mod bench;
+mod demo;
+mod ep;
+mod exit;
+mod layer;
+mod matrix;
+mod plan;
+mod report;
+mod run;
+mod synthetic;
+mod tokens;
+mod verify;
+mod weights;
+
+fn main() -> ExitCode {
+    // Usage errors exit with 2 inside `parse`.
+    let cli = Cli::parse();
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
+    let done = match &cli.command {
+        Command::Run(args) => run::run(args),
+        Command::Demo(args) => demo::run(args),
+        Command::Plan(args) => plan::run(args),
+        Command::Matrix(args) => matrix::run(*args),
+        Command::Bench(BenchCommand::Experts(args)) => bench::run(args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}

@@ -1,1 +1,102 @@
-//! Composable expert-parallel fused MoE: the facade crate
+//! Expert-parallel fused MoE layers for inference engines.
+//!
+//! The façade: everything of [`fused_moe_core`], the transports and the router under their own names, and a
+//! [`Registry`] with the backends of this workspace ([`default_backends`]). Backends of other crates are added with
+//! [`Registry::with_comm`] and [`Registry::with_experts`].
+//!
+//! Two ranks, in threads of this process, run one layer:
+//!
+//! ```
+//! use fused_moe::transport::{ThreadOptions, run_ranks};
+//! use fused_moe::*;
+//! use half::bf16;
+//!
+//! let config = MoeConfig {
+//!     hidden: 64,
+//!     intermediate: 32,
+//!     top_k: 1,
+//!     max_tokens_per_rank: 1,
+//!     in_dtype: DType::Bf16,
+//!     quant: QuantScheme::Unquantized,
+//!     activation: Activation::Silu,
+//!     apply_router_weight_on_input: false,
+//!     routing: None,
+//!     placement: ExpertPlacement::linear(2, 2)?,
+//!     ranks_per_node: 2,
+//!     device: DeviceKind::Host,
+//! };
+//! let registry = fused_moe::default_backends();
+//! let selection = Selection { comm: Some("mori_high_throughput"), experts: None };
+//!
+//! let outputs = run_ranks(2, ThreadOptions::default(), |group| -> Result<Vec<f32>, Box<dyn std::error::Error + Send + Sync>> {
+//!     let FusedMoEKernel::Modular(mut kernel) = registry.build(&config, selection, &group)? else {
+//!         unreachable!("mori is modular");
+//!     };
+//!     // Every rank packs the experts it holds: here one, all of whose weights are 1/64.
+//!     let ones = vec![bf16::from_f32(1.0 / 64.0); 64 * 32];
+//!     let matrix = |dims: &[usize]| -> Result<_, ViewError> {
+//!         Ok(WeightMatrix { values: TensorView::from_slice(&ones, DType::Bf16, dims)?, scale: None })
+//!     };
+//!     let expert = ExpertMatrices { gate: matrix(&[32, 64])?, up: matrix(&[32, 64])?, down: matrix(&[64, 32])? };
+//!     let weights = registry.experts(kernel.plan().experts())?.pack(&config, group.rank(), &[expert])?;
+//!
+//!     // One token per rank, sent to the other rank's expert.
+//!     let hidden = vec![bf16::ONE; 64];
+//!     let (ids, gates) = ([1 - group.rank().0 as i32], [0.5f32]);
+//!     let mut out = vec![0f32; 64];
+//!     kernel.apply(Call {
+//!         stream: Stream::Host,
+//!         weights: &weights,
+//!         hidden: TensorView::from_slice(&hidden, DType::Bf16, &[1, 64])?,
+//!         routing: TopK {
+//!             ids: TensorView::from_slice(&ids, DType::I32, &[1, 1])?,
+//!             weights: TensorView::from_slice(&gates, DType::F32, &[1, 1])?,
+//!         },
+//!         overlap: Overlap::default(),
+//!         out: TensorViewMut::from_slice(&mut out, DType::F32, &[1, 64])?,
+//!     })?;
+//!     Ok(out)
+//! })?;
+//! // silu(1)·1 = 0.7311 in each of 32 columns, times 1/64 each, times the routing weight 0.5.
+//! for out in outputs {
+//!     let out = out.map_err(|e| e.to_string())?;
+//!     assert!(out.iter().all(|y| (y - 0.1828).abs() < 2e-3));
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! What this crate does not do: it has no logic of its own.
+
+#![forbid(unsafe_code)]
+
+pub use fused_moe_core::*;
+
+/// Stage 1 on the host.
+pub use router;
+
+/// FP8 codecs and quantisers.
+pub use quant;
+
+/// Ranks and how they reach each other.
+pub use ep_transport as transport;
+
+#[cfg(feature = "aiter")]
+pub use aiter_experts;
+#[cfg(feature = "mori")]
+pub use mori_comm;
+#[cfg(feature = "naive")]
+pub use naive_comm;
+
+/// The backends that this build was made with, best first.
+pub fn default_backends() -> Registry {
+    let registry = Registry::new();
+    #[cfg(feature = "naive")]
+    let registry = registry.with_comm(naive_comm::Local);
+    #[cfg(feature = "mori")]
+    let registry = mori_comm::MoriBackend::ALL.into_iter().fold(registry, Registry::with_comm);
+    #[cfg(feature = "naive")]
+    let registry = registry.with_comm(naive_comm::AllGatherReduceScatter).with_comm(naive_comm::Naive);
+    #[cfg(feature = "aiter")]
+    let registry = registry.with_experts(aiter_experts::AiterExperts::default());
+    registry
+}

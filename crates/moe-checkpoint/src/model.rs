@@ -195,7 +195,8 @@ fn routing(config: &Config<'_>, family: ModelFamily) -> Result<RoutingConfig> {
         ModelFamily::DeepSeekV2 => {
             expect_text(config, "scoring_func", "softmax")?;
             let factor = config.number("routed_scaling_factor")?.unwrap_or(1.0);
-            let plain = RoutingConfig { routed_scaling_factor: factor, ..plain(norm.unwrap_or(false)) };
+            // transformers scales and never renormalises here, whatever `norm_topk_prob` says.
+            let plain = RoutingConfig { routed_scaling_factor: factor, ..plain(false) };
             match config.text("topk_method")? {
                 None | Some("greedy") => Ok(plain),
                 Some("group_limited_greedy") => Ok(RoutingConfig {

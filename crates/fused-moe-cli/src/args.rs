@@ -1,0 +1,188 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Expert-parallel MoE layers of Hugging Face checkpoints: run, plan, verify, measure.
+#[derive(Debug, Parser)]
+#[command(name = "fmoe", version)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run one MoE layer of a checkpoint on hidden states from a file.
+    Run(RunArgs),
+    /// Write two small FP8 checkpoints, run them over 8 ranks with every backend, check against the oracle.
+    Demo(DemoArgs),
+    /// Say which backends would run a layer, what they cost, and why the others would not.
+    Plan(PlanArgs),
+    /// Print the support table of all backends.
+    Matrix(MatrixArgs),
+    /// Measure.
+    #[command(subcommand)]
+    Bench(BenchCommand),
+}
+
+/// How the experts' weights and activations are to be quantised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Quant {
+    /// As the checkpoint stores them.
+    Auto,
+    /// bf16; an FP8 checkpoint is dequantised at load.
+    None,
+    /// FP8, one scale per tensor; a bf16 checkpoint is quantised at load.
+    Fp8PerTensor,
+    /// FP8, one scale per output channel and per token; a bf16 checkpoint is quantised at load.
+    Fp8Ptpc,
+    /// FP8, one scale per 128x128 block and per 1x128 group; a bf16 checkpoint is quantised at load.
+    Fp8Block,
+}
+
+/// How rows are sorted by expert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SortPolicy {
+    /// The backend chooses.
+    Auto,
+    /// One pass.
+    Single,
+    /// Several passes.
+    Multi,
+}
+
+/// What a rank is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Ranks {
+    /// A thread of this process.
+    Threads,
+    /// A process of this machine.
+    Processes,
+    /// An MPI rank.
+    Mpi,
+}
+
+/// Which layer, over which ranks, with which backends.
+#[derive(Clone, Debug, Args)]
+pub struct LayerArgs {
+    /// Folder with config.json and safetensors files.
+    #[arg(long, value_name = "DIR")]
+    pub checkpoint: PathBuf,
+    /// Layer of the model; the first MoE layer if not given.
+    #[arg(long, value_name = "N")]
+    pub layer: Option<usize>,
+    /// Ranks that share the experts.
+    #[arg(long, value_name = "R", default_value_t = 1)]
+    pub ep_size: usize,
+    /// Dispatch/combine backend.
+    #[arg(long, value_name = "NAME", default_value = "mori_high_throughput")]
+    pub all2all: String,
+    /// Experts backend.
+    #[arg(long, value_name = "NAME", default_value = "auto")]
+    pub experts: String,
+    /// Quantisation.
+    #[arg(long, value_enum, default_value_t = Quant::Auto)]
+    pub quant: Quant,
+    /// Ranks on one node; all of them if not given.
+    #[arg(long, value_name = "G")]
+    pub gpus_per_node: Option<usize>,
+}
+
+/// Arguments of `fmoe run`.
+#[derive(Clone, Debug, Args)]
+pub struct RunArgs {
+    /// The layer.
+    #[command(flatten)]
+    pub layer: LayerArgs,
+    /// File with `hidden_states`, [tokens, hidden] bf16 or f32.
+    #[arg(long, value_name = "IN.safetensors")]
+    pub input: PathBuf,
+    /// File to write: `output`, `routed`, `topk_ids`, `topk_weights`.
+    #[arg(long, value_name = "OUT.safetensors")]
+    pub output: PathBuf,
+    /// How rows are sorted by expert.
+    #[arg(long, value_enum, default_value_t = SortPolicy::Auto)]
+    pub sort_policy: SortPolicy,
+    /// What a rank is.
+    #[arg(long, value_enum, default_value_t = Ranks::Threads)]
+    pub ranks: Ranks,
+    /// Compare with the f64 oracle; an error above the tolerance is a failure.
+    #[arg(long)]
+    pub verify: bool,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `fmoe demo`.
+#[derive(Clone, Debug, Args)]
+pub struct DemoArgs {
+    /// Ranks that share the experts.
+    #[arg(long, value_name = "R", default_value_t = 8)]
+    pub ep_size: usize,
+    /// Tokens per layer call, over all ranks.
+    #[arg(long, value_name = "T", default_value_t = 128)]
+    pub tokens: usize,
+    /// Keep the checkpoints in this folder, which must not exist yet.
+    #[arg(long, value_name = "DIR")]
+    pub keep: Option<PathBuf>,
+}
+
+/// Arguments of `fmoe plan`.
+#[derive(Clone, Debug, Args)]
+pub struct PlanArgs {
+    /// The layer. Only config.json and the headers are read.
+    #[command(flatten)]
+    pub layer: LayerArgs,
+    /// Largest number of tokens that one rank brings to one call.
+    #[arg(long, value_name = "T", default_value_t = 128)]
+    pub max_tokens: usize,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `fmoe matrix`.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct MatrixArgs {
+    /// Print a Markdown table, as it stands in the README.
+    #[arg(long)]
+    pub markdown: bool,
+    /// Print one JSON object.
+    #[arg(long, conflicts_with = "markdown")]
+    pub json: bool,
+}
+
+/// What to measure.
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// The experts of one rank, beside a peak and a bandwidth probe in the same process.
+    Experts(BenchExpertsArgs),
+}
+
+/// Arguments of `fmoe bench experts`.
+#[derive(Clone, Debug, Args)]
+pub struct BenchExpertsArgs {
+    /// Shapes: a TOML file as in benches/definitions, or one of the built-in names.
+    #[arg(long, value_name = "NAME|FILE", default_value = "qwen3-30b-a3b")]
+    pub shape: String,
+    /// Tokens per call; those of the shape if not given.
+    #[arg(long, value_delimiter = ',')]
+    pub tokens: Vec<usize>,
+    /// Quantisation schemes; all if not given.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    pub quant: Vec<Quant>,
+    /// Threads; all cores if not given.
+    #[arg(long)]
+    pub threads: Option<std::num::NonZeroUsize>,
+    /// Timed calls per row, of which the median counts.
+    #[arg(long, default_value_t = 9)]
+    pub reps: usize,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}

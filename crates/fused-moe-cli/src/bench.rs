@@ -1,0 +1,253 @@
+//! `fmoe bench experts`: the experts of one rank, beside what this machine can do at most, in one process.
+
+use std::num::NonZeroUsize;
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, anyhow};
+use fused_moe::{
+    Activation, Call, DType, DeviceKind, ExpertPlacement, FusedMoEKernel, MoeConfig, Overlap, QuantScheme,
+    Rank, Selection, SingleRank, Stream, TensorView, TensorViewMut, TopK,
+};
+use grouped_gemm::probe;
+use half::bf16;
+use rand::{Rng, SeedableRng, seq::index};
+use rand_pcg::Pcg64;
+use serde::{Deserialize, Serialize};
+
+use crate::args::{BenchExpertsArgs, Quant};
+use crate::exit::{Failure, OrFailure, refused};
+use crate::layer::scheme;
+use crate::report::print_json;
+use crate::synthetic::normal;
+use crate::weights::{LoadedExpert, LoadedMatrix};
+
+/// A layer shape, as in `benches/definitions`.
+#[derive(Clone, Debug, Deserialize)]
+struct Shape {
+    name: String,
+    hidden: usize,
+    intermediate: usize,
+    experts: usize,
+    top_k: usize,
+    tokens: Vec<usize>,
+}
+
+impl Shape {
+    fn named(name: &str) -> anyhow::Result<Self> {
+        let built_in = |name: &str, sizes: [usize; 4]| Shape {
+            name: name.into(),
+            hidden: sizes[0],
+            intermediate: sizes[1],
+            experts: sizes[2],
+            top_k: sizes[3],
+            tokens: vec![1, 8, 64, 512],
+        };
+        match name {
+            "qwen3-30b-a3b" => Ok(built_in(name, [2048, 768, 128, 8])),
+            "deepseek-v3-ep32" => Ok(built_in(name, [7168, 2048, 8, 1])),
+            "mixtral-8x7b" => Ok(built_in(name, [4096, 14336, 8, 2])),
+            "small" => Ok(built_in(name, [1024, 512, 32, 4])),
+            path => {
+                let known = "qwen3-30b-a3b, deepseek-v3-ep32, mixtral-8x7b, small";
+                let text = std::fs::read_to_string(Path::new(path))
+                    .with_context(|| format!("{path} is no built-in shape ({known}) and cannot be read"))?;
+                toml::from_str(&text).with_context(|| format!("in {path}"))
+            }
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Report {
+    shape: String,
+    threads: usize,
+    peak_gflops: f64,
+    read_gbytes_per_s: f64,
+    rows: Vec<Row>,
+}
+
+#[derive(Serialize)]
+struct Row {
+    scheme: String,
+    tokens: usize,
+    median_ms: f64,
+    min_ms: f64,
+    max_ms: f64,
+    gflops: f64,
+    weight_gbytes_per_s: f64,
+    fraction_of_peak: f64,
+    fraction_of_roof: f64,
+}
+
+/// Runs the command.
+pub fn run(args: &BenchExpertsArgs) -> Result<(), Failure> {
+    let shape = Shape::named(&args.shape).or_refused()?;
+    if args.reps == 0 {
+        return refused("--reps 0: at least one call is needed");
+    }
+    let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    let threads = args.threads.unwrap_or(cores);
+    rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global().or_failed()?;
+    let schemes = if args.quant.is_empty() {
+        vec![Quant::None, Quant::Fp8Block, Quant::Fp8Ptpc, Quant::Fp8PerTensor]
+    } else {
+        args.quant.clone()
+    };
+    let tokens = if args.tokens.is_empty() { &shape.tokens } else { &args.tokens };
+
+    let mut report = Report {
+        shape: shape.name.clone(),
+        threads: threads.get(),
+        peak_gflops: probe::peak_bf16_flops(threads) / 1e9,
+        read_gbytes_per_s: probe::read_bandwidth(threads) / 1e9,
+        rows: Vec::new(),
+    };
+    for quant in schemes {
+        let bench = Bench::new(&shape, scheme(quant, QuantScheme::Unquantized), tokens).or_failed()?;
+        for &tokens in tokens {
+            report.rows.push(bench.measure(&report, tokens, args.reps).or_failed()?);
+        }
+    }
+    if args.json {
+        return print_json(&report).or_failed();
+    }
+    println!(
+        "{}: hidden {}, intermediate {}, {} experts, top-{}; {} threads",
+        shape.name, shape.hidden, shape.intermediate, shape.experts, shape.top_k, report.threads
+    );
+    println!("probes: {:.0} GFLOP/s bf16, {:.1} GB/s read", report.peak_gflops, report.read_gbytes_per_s);
+    let mut table = comfy_table::Table::new();
+    table.load_preset(comfy_table::presets::UTF8_FULL_CONDENSED);
+    table.set_header([
+        "scheme",
+        "tokens",
+        "median ms",
+        "min",
+        "max",
+        "GFLOP/s",
+        "weights GB/s",
+        "of peak",
+        "of roof",
+    ]);
+    for row in &report.rows {
+        table.add_row([
+            row.scheme.clone(),
+            row.tokens.to_string(),
+            format!("{:.2}", row.median_ms),
+            format!("{:.2}", row.min_ms),
+            format!("{:.2}", row.max_ms),
+            format!("{:.1}", row.gflops),
+            format!("{:.1}", row.weight_gbytes_per_s),
+            format!("{:.0} %", row.fraction_of_peak * 100.0),
+            format!("{:.0} %", row.fraction_of_roof * 100.0),
+        ]);
+    }
+    println!("{table}");
+    println!(
+        "roof: the longer of reading the active experts' weights once and of the FLOPs at the probed peak"
+    );
+    Ok(())
+}
+
+/// A layer of random experts, packed.
+struct Bench<'s> {
+    shape: &'s Shape,
+    config: MoeConfig,
+    weights: fused_moe::ExpertWeights,
+}
+
+impl<'s> Bench<'s> {
+    fn new(shape: &'s Shape, quant: QuantScheme, tokens: &[usize]) -> anyhow::Result<Self> {
+        let Shape { hidden, intermediate, experts, top_k, .. } = *shape;
+        let config = MoeConfig {
+            hidden,
+            intermediate,
+            top_k,
+            max_tokens_per_rank: tokens.iter().copied().max().unwrap_or(1),
+            in_dtype: DType::Bf16,
+            quant,
+            activation: Activation::Silu,
+            apply_router_weight_on_input: false,
+            routing: None,
+            placement: ExpertPlacement::linear(experts, 1)?,
+            ranks_per_node: 1,
+            device: DeviceKind::Host,
+        };
+        // All experts hold the same values, each in memory of its own: what is timed does not depend on them.
+        let mut random = Pcg64::seed_from_u64(7);
+        let mut matrix = |rows: usize, cols: usize| {
+            let deviation = 1.0 / (cols as f32).sqrt();
+            let values: Vec<bf16> =
+                (0..rows * cols).map(|_| bf16::from_f32(normal(&mut random) * deviation)).collect();
+            LoadedMatrix::from_bf16(values.into(), [rows, cols], quant)
+        };
+        let expert = LoadedExpert {
+            gate: matrix(intermediate, hidden)?,
+            up: matrix(intermediate, hidden)?,
+            down: matrix(hidden, intermediate)?,
+        };
+        let registry = fused_moe::default_backends();
+        let plan = registry.survey(&config, Selection::default())?.fitting.into_iter().next();
+        let plan = plan.ok_or_else(|| anyhow!("no backend runs {quant}"))?;
+        let weights =
+            registry.experts(plan.experts())?.pack(&config, Rank(0), &vec![expert.view()?; experts])?;
+        Ok(Self { shape, config, weights })
+    }
+
+    fn measure(&self, report: &Report, tokens: usize, reps: usize) -> anyhow::Result<Row> {
+        let Shape { hidden, intermediate, experts, top_k, .. } = *self.shape;
+        let registry = fused_moe::default_backends();
+        let FusedMoEKernel::Modular(mut kernel) =
+            registry.build(&self.config, Selection::default(), &SingleRank)?
+        else {
+            return Err(anyhow!("the first backend is not modular"));
+        };
+        let mut random = Pcg64::seed_from_u64(tokens as u64);
+        let x: Vec<bf16> = (0..tokens * hidden).map(|_| bf16::from_f32(normal(&mut random))).collect();
+        let mut out = vec![0f32; tokens * hidden];
+        let (mut times, mut active) = (Vec::new(), 0);
+        // One call to warm up, then the timed ones, each with a routing of its own.
+        for call in 0..=reps {
+            let ids: Vec<i32> = (0..tokens)
+                .flat_map(|_| index::sample(&mut random, experts, top_k).into_iter().map(|e| e as i32))
+                .collect();
+            let weights: Vec<f32> = ids.iter().map(|_| random.random::<f32>() / top_k as f32).collect();
+            let start = Instant::now();
+            kernel.apply(Call {
+                stream: Stream::Host,
+                weights: &self.weights,
+                hidden: TensorView::from_slice(&x, DType::Bf16, &[tokens, hidden])?,
+                routing: TopK {
+                    ids: TensorView::from_slice(&ids, DType::I32, &[tokens, top_k])?,
+                    weights: TensorView::from_slice(&weights, DType::F32, &[tokens, top_k])?,
+                },
+                overlap: Overlap::default(),
+                out: TensorViewMut::from_slice(&mut out, DType::F32, &[tokens, hidden])?,
+            })?;
+            if call > 0 {
+                times.push(start.elapsed().as_secs_f64());
+                let mut hit = ids;
+                hit.sort_unstable();
+                hit.dedup();
+                active += hit.len();
+            }
+        }
+        times.sort_by(f64::total_cmp);
+        let median = times[times.len() / 2];
+        let flops = 6.0 * (hidden * intermediate * top_k * tokens) as f64;
+        let bytes = self.weights.bytes() as f64 * active as f64 / (reps * experts) as f64;
+        let roof = (bytes / (report.read_gbytes_per_s * 1e9)).max(flops / (report.peak_gflops * 1e9));
+        Ok(Row {
+            scheme: self.config.quant.to_string(),
+            tokens,
+            median_ms: median * 1e3,
+            min_ms: times[0] * 1e3,
+            max_ms: times[times.len() - 1] * 1e3,
+            gflops: flops / median / 1e9,
+            weight_gbytes_per_s: bytes / median / 1e9,
+            fraction_of_peak: flops / median / (report.peak_gflops * 1e9),
+            fraction_of_roof: roof / median,
+        })
+    }
+}

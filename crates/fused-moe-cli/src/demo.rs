@@ -1,0 +1,171 @@
+//! `fmoe demo`: made-up checkpoints, every dispatch backend, checked against the oracle.
+
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use anyhow::{Context, anyhow};
+use fused_moe::{Rank, Registry};
+use half::bf16;
+use moe_checkpoint::Checkpoint;
+use rand::SeedableRng;
+use rand_pcg::Pcg64;
+
+use crate::args::{DemoArgs, LayerArgs, Quant};
+use crate::ep::{self, LoadedLayer};
+use crate::exit::{Failure, OrFailure, refused};
+use crate::layer;
+use crate::report::human_bytes;
+use crate::run::progress;
+use crate::synthetic::{Family, Model, normal};
+use crate::tokens::HiddenStates;
+use crate::verify::{self, Subject};
+
+const MODELS: [Model; 3] = [
+    Model {
+        name: "qwen3-moe bf16",
+        family: Family::Qwen3Moe,
+        fp8_block: false,
+        hidden: 512,
+        intermediate: 192,
+        experts: 64,
+        top_k: 8,
+    },
+    Model {
+        name: "qwen3-moe fp8-block",
+        family: Family::Qwen3Moe,
+        fp8_block: true,
+        hidden: 512,
+        intermediate: 192,
+        experts: 64,
+        top_k: 8,
+    },
+    Model {
+        name: "deepseek-v3 fp8-block",
+        family: Family::DeepSeekV3,
+        fp8_block: true,
+        hidden: 896,
+        intermediate: 256,
+        experts: 64,
+        top_k: 8,
+    },
+];
+
+const BACKENDS: [&str; 3] = ["mori_high_throughput", "allgather_reducescatter", "naive"];
+
+/// Runs the command.
+pub fn run(args: &DemoArgs) -> Result<(), Failure> {
+    if args.ep_size == 0 {
+        return refused("--ep-size 0: at least one rank is needed");
+    }
+    let temporary;
+    let folder: &Path = match &args.keep {
+        Some(folder) if folder.exists() => return refused(format!("{} exists already", folder.display())),
+        Some(folder) => folder,
+        None => {
+            temporary = tempfile::tempdir().or_failed()?;
+            temporary.path()
+        }
+    };
+    // New numbers every time; the seed is printed so that a failure can be repeated.
+    let seed = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |t| t.as_nanos() as u64);
+    let registry = fused_moe::default_backends();
+    let mut table = comfy_table::Table::new();
+    table.load_preset(comfy_table::presets::UTF8_FULL_CONDENSED);
+    table.set_header([
+        "checkpoint",
+        "all2all x experts",
+        "wire",
+        "router",
+        "dispatch",
+        "experts",
+        "combine",
+        "total",
+        "sent",
+        "error",
+    ]);
+    let mut failures = Vec::new();
+    let bar = progress((MODELS.len() * BACKENDS.len()) as u64, "running");
+    for model in MODELS {
+        let folder: PathBuf = folder.join(model.name.replace(' ', "-"));
+        model.write(&folder, seed).or_failed()?;
+        let checkpoint = Checkpoint::open(&folder).or_failed()?;
+        let hidden = hidden_states(args.tokens, model.hidden, seed);
+        for backend in BACKENDS {
+            let subject = Demo { registry: &registry, checkpoint: &checkpoint, hidden: &hidden, args };
+            let (row, passes) = subject.run(&folder, backend)?;
+            if !passes {
+                failures.push(format!("{} with {backend}", model.name));
+            }
+            table.add_row(std::iter::once(model.name.to_string()).chain(row));
+            bar.inc(1);
+        }
+    }
+    bar.finish_and_clear();
+    println!("{} tokens over {} ranks in threads of this process, seed {seed}", args.tokens, args.ep_size);
+    println!("{table}");
+    println!("times are those of the slowest rank, in ms; sent is what the transport counted between ranks;");
+    println!("error is the relative L2 distance to the f64 oracle, which quantises where the layer does");
+    if failures.is_empty() {
+        return Ok(());
+    }
+    Err(Failure::Failed(anyhow!("error above the tolerance: {}", failures.join(", "))))
+}
+
+/// Normal hidden states in which a few channels are much larger than the others, as in real models.
+fn hidden_states(tokens: usize, hidden: usize, seed: u64) -> HiddenStates {
+    let mut random = Pcg64::seed_from_u64(seed ^ 0x9e37_79b9);
+    let value = |i: usize, x: f32| bf16::from_f32(if i % hidden % 97 == 13 { 8.0 * x } else { x });
+    let values = (0..tokens * hidden).map(|i| value(i, normal(&mut random))).collect();
+    HiddenStates { values, tokens, hidden }
+}
+
+struct Demo<'d> {
+    registry: &'d Registry,
+    checkpoint: &'d Checkpoint,
+    hidden: &'d HiddenStates,
+    args: &'d DemoArgs,
+}
+
+impl Demo<'_> {
+    /// One row of the table, and whether the error is within the tolerance.
+    fn run(&self, folder: &Path, backend: &str) -> Result<(Vec<String>, bool), Failure> {
+        let ranks = self.args.ep_size;
+        let args = LayerArgs {
+            checkpoint: folder.to_path_buf(),
+            layer: None,
+            ep_size: ranks,
+            all2all: backend.to_string(),
+            experts: "auto".into(),
+            quant: Quant::Auto,
+            gpus_per_node: None,
+        };
+        let stored = layer::open(self.checkpoint, None)?;
+        let max_tokens = ep::share(self.hidden.tokens, ranks, Rank(0)).len();
+        let config = layer::config(&stored, &args, max_tokens)?;
+        let selection = layer::selection(&args);
+        let plan = layer::choose(self.registry, &config, selection)?.plan;
+        let weights = layer::load(self.registry, &stored, &config, &plan, || ())?;
+        let shared = layer::load_shared(self.registry, &stored, &config, plan.experts(), args.quant)?;
+        let loaded =
+            LoadedLayer { stored: &stored, config: &config, weights: &weights, shared: shared.as_ref() };
+        let done =
+            ep::run(self.registry, &loaded, selection, self.hidden).with_context(|| backend.to_string());
+        let done = done.or_failed()?;
+        let subject = Subject { stored: &stored, config: &config, plan: &plan, quant: args.quant };
+        let verdict = verify::verify(&subject, self.hidden, &done).or_failed()?;
+        let ms = |time: std::time::Duration| format!("{:.2}", time.as_secs_f64() * 1e3);
+        let times = done.times;
+        let row = vec![
+            format!("{} x {}", plan.comm(), plan.experts()),
+            plan.wire().to_string(),
+            ms(times.router),
+            ms(times.stages.dispatch),
+            ms(times.stages.experts),
+            ms(times.stages.combine),
+            ms(times.total),
+            human_bytes(done.traffic.remote_bytes as f64),
+            format!("{:.1e} {}", verdict.output, if verdict.passes() { "ok" } else { "TOO LARGE" }),
+        ];
+        Ok((row, verdict.passes()))
+    }
+}

@@ -1,0 +1,266 @@
+//! A layer over several ranks: every rank routes its tokens, calls the kernel, and runs the shared experts while
+//! the outputs of the routed ones are on their way.
+
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use anyhow::{anyhow, bail};
+use fused_moe::router::{HostRouter, gate_logits, shared_expert_gate};
+use fused_moe::transport::{Endpoint, ThreadOptions, Traffic, run_ranks, transport_of};
+use fused_moe::{
+    Call, DType, Error, ErrorKind, ExecCx, FusedMoEKernel, KernelBytes, Logits, MoeConfig, Overlap,
+    ProcessGroup, Rank, Registry, Router, Selection, SingleRank, Stage, StageTimes, Stream, TensorView,
+    TensorViewMut, TopK, TopKMut, Workspace,
+};
+use moe_checkpoint::MoeLayer;
+
+use crate::layer::SharedLayer;
+use crate::tokens::{HiddenStates, LayerOutput};
+
+/// A layer with everything that its ranks need, loaded.
+#[derive(Debug)]
+pub struct LoadedLayer<'l> {
+    /// The layer in the checkpoint: gate and shared expert gate.
+    pub stored: &'l MoeLayer<'l>,
+    /// Configuration of the routed experts.
+    pub config: &'l MoeConfig,
+    /// Weights of the routed experts, one entry per rank.
+    pub weights: &'l [fused_moe::ExpertWeights],
+    /// The shared experts.
+    pub shared: Option<&'l SharedLayer>,
+}
+
+/// Where the time of a layer call went; of all ranks, the longest.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Times {
+    /// Gate and top-k.
+    pub router: Duration,
+    /// Dispatch, experts, combine.
+    pub stages: StageTimes,
+    /// The shared experts, which run inside the combine.
+    pub shared: Duration,
+    /// The whole layer.
+    pub total: Duration,
+}
+
+impl Times {
+    fn longest(self, other: Self) -> Self {
+        let stages = StageTimes {
+            dispatch: self.stages.dispatch.max(other.stages.dispatch),
+            experts: self.stages.experts.max(other.stages.experts),
+            combine: self.stages.combine.max(other.stages.combine),
+        };
+        Self {
+            router: self.router.max(other.router),
+            stages,
+            shared: self.shared.max(other.shared),
+            total: self.total.max(other.total),
+        }
+    }
+}
+
+/// What a layer call gave.
+#[derive(Clone, Debug)]
+pub struct LayerRun {
+    /// The tensors.
+    pub output: LayerOutput,
+    /// Where the time went.
+    pub times: Times,
+    /// What the transport counted during the call, over all ranks.
+    pub traffic: Traffic,
+    /// What rank 0 holds.
+    pub bytes: KernelBytes,
+}
+
+/// Tokens of `rank` when `tokens` are spread as evenly as possible.
+pub fn share(tokens: usize, ranks: usize, rank: Rank) -> Range<usize> {
+    let (base, extra, rank) = (tokens / ranks, tokens % ranks, rank.index());
+    let start = rank * base + rank.min(extra);
+    start..start + base + usize::from(rank < extra)
+}
+
+/// Runs `layer` once on `hidden`, over threads of this process.
+pub fn run(
+    registry: &Registry,
+    layer: &LoadedLayer<'_>,
+    selection: Selection<'_>,
+    hidden: &HiddenStates,
+) -> anyhow::Result<LayerRun> {
+    let ranks = layer.config.ep_size();
+    let ranks_per_node = std::num::NonZeroUsize::new(layer.config.ranks_per_node);
+    let options = ThreadOptions { ranks_per_node, ..ThreadOptions::default() };
+    let parts = run_ranks(ranks, options, |group| {
+        RankRun::new(registry, layer, selection, &group)?.run(&group, hidden)
+    })?;
+
+    let mut whole: Option<LayerRun> = None;
+    for part in distinct_failure(parts)? {
+        match &mut whole {
+            None => whole = Some(part),
+            Some(whole) => whole.append(part),
+        }
+    }
+    whole.ok_or_else(|| anyhow!("a group has at least one rank"))
+}
+
+/// All parts, or the failure that explains the others: every rank reports the same one, the rank at fault with
+/// its cause.
+fn distinct_failure(parts: Vec<anyhow::Result<LayerRun>>) -> anyhow::Result<Vec<LayerRun>> {
+    let mut runs = Vec::with_capacity(parts.len());
+    let mut failures = Vec::new();
+    for part in parts {
+        match part {
+            Ok(run) => runs.push(run),
+            Err(error) => failures.push(error),
+        }
+    }
+    match failures.into_iter().max_by_key(|error| error.chain().count()) {
+        None => Ok(runs),
+        Some(error) => Err(error),
+    }
+}
+
+impl LayerRun {
+    fn append(&mut self, part: LayerRun) {
+        self.output.tokens += part.output.tokens;
+        self.output.output.extend(part.output.output);
+        self.output.routed.extend(part.output.routed);
+        self.output.topk_ids.extend(part.output.topk_ids);
+        self.output.topk_weights.extend(part.output.topk_weights);
+        self.times = self.times.longest(part.times);
+        self.traffic.remote_bytes += part.traffic.remote_bytes;
+        self.traffic.internode_bytes += part.traffic.internode_bytes;
+        self.traffic.remote_puts += part.traffic.remote_puts;
+        self.traffic.local_bytes += part.traffic.local_bytes;
+        self.traffic.signals += part.traffic.signals;
+    }
+}
+
+/// One rank's kernels.
+struct RankRun<'l> {
+    layer: &'l LoadedLayer<'l>,
+    router: HostRouter,
+    kernel: FusedMoEKernel,
+    shared: Option<FusedMoEKernel>,
+}
+
+impl<'l> RankRun<'l> {
+    fn new(
+        registry: &Registry,
+        layer: &'l LoadedLayer<'l>,
+        selection: Selection<'_>,
+        group: &Endpoint,
+    ) -> anyhow::Result<Self> {
+        let kernel = registry.build(layer.config, selection, group)?;
+        let shared = match layer.shared {
+            Some(shared) => {
+                let selection = Selection { comm: None, experts: Some(shared.weights.backend()) };
+                Some(registry.build(&shared.config, selection, &SingleRank)?)
+            }
+            None => None,
+        };
+        Ok(Self { layer, router: HostRouter::new(layer.stored.routing())?, kernel, shared })
+    }
+
+    fn run(mut self, group: &Endpoint, hidden: &HiddenStates) -> anyhow::Result<LayerRun> {
+        let transport = transport_of(group).ok_or_else(|| anyhow!("the group has no transport"))?;
+        let before = transport.traffic();
+        let start = Instant::now();
+        let (config, rank) = (self.layer.config, group.rank());
+        let part = share(hidden.tokens, config.ep_size(), rank);
+        let (tokens, width, top_k) = (part.len(), config.hidden, config.top_k);
+        let rows = &hidden.values[part.start * width..part.end * width];
+        let x = TensorView::from_slice(rows, DType::Bf16, &[tokens, width])?;
+
+        let gate = self.layer.stored.gate().view();
+        let mut logits = vec![0f32; tokens * config.num_experts()];
+        let dims = [tokens, config.num_experts()];
+        gate_logits(x, gate, TensorViewMut::from_slice(&mut logits, DType::F32, &dims)?)?;
+        let logits = TensorView::from_slice(&logits, DType::F32, &dims)?;
+        let mut topk_ids = vec![0i32; tokens * top_k];
+        let mut topk_weights = vec![0f32; tokens * top_k];
+        let out = TopKMut {
+            ids: TensorViewMut::from_slice(&mut topk_ids, DType::I32, &[tokens, top_k])?,
+            weights: TensorViewMut::from_slice(&mut topk_weights, DType::F32, &[tokens, top_k])?,
+        };
+        let mut workspace = Workspace::new(config.device, 0)?;
+        self.router.route(&mut ExecCx { stream: Stream::Host, workspace: workspace.arena() }, logits, out)?;
+        let mut times = Times { router: start.elapsed(), ..Times::default() };
+
+        let mut routed = vec![0f32; tokens * width];
+        let mut shared = vec![0f32; tokens * width];
+        let layer = self.layer;
+        let mut shared_experts = |_: Stream| -> fused_moe::Result<()> {
+            let Some(kernel) = &mut self.shared else { return Ok(()) };
+            let start = Instant::now();
+            let done = run_shared(layer, kernel, x, &mut shared);
+            times.shared = start.elapsed();
+            done.map_err(|e| Error::other(Stage::Experts, "shared-experts", e))
+        };
+        let overlap = Overlap { dispatch: None, combine: Some(&mut shared_experts) };
+        let weights = &layer.weights[rank.index()];
+        let out = TensorViewMut::from_slice(&mut routed, DType::F32, &[tokens, width])?;
+        match &mut self.kernel {
+            FusedMoEKernel::Modular(kernel) => {
+                let routing = TopK {
+                    ids: TensorView::from_slice(&topk_ids, DType::I32, &[tokens, top_k])?,
+                    weights: TensorView::from_slice(&topk_weights, DType::F32, &[tokens, top_k])?,
+                };
+                kernel.apply(Call { stream: Stream::Host, weights, hidden: x, routing, overlap, out })?;
+            }
+            FusedMoEKernel::Monolithic(kernel) => {
+                let routing = Logits(logits);
+                kernel.apply(Call { stream: Stream::Host, weights, hidden: x, routing, overlap, out })?;
+            }
+        }
+        times.stages = self.kernel.stage_times();
+        times.total = start.elapsed();
+        if routed.iter().any(|y| !y.is_finite()) {
+            bail!("the output is not finite");
+        }
+        let output = routed.iter().zip(&shared).map(|(r, s)| r + s).collect();
+        Ok(LayerRun {
+            output: LayerOutput { tokens, hidden: width, top_k, output, routed, topk_ids, topk_weights },
+            times,
+            traffic: transport.traffic() - before,
+            bytes: self.kernel.bytes(),
+        })
+    }
+}
+
+/// The shared experts on this rank's own tokens: a layer of one expert, weighted by the sigmoid gate or by 1.
+fn run_shared(
+    layer: &LoadedLayer<'_>,
+    kernel: &mut FusedMoEKernel,
+    x: TensorView<'_>,
+    out: &mut [f32],
+) -> anyhow::Result<()> {
+    let (Some(shared), FusedMoEKernel::Modular(kernel)) = (layer.shared, kernel) else {
+        bail!("the shared experts are not a modular layer");
+    };
+    let tokens = x.dims()[0];
+    let ids = vec![0i32; tokens];
+    let mut factors = vec![1f32; tokens];
+    if let Some(gate) = &shared.sigmoid_gate {
+        let width = layer.config.hidden;
+        let gate = TensorView::from_slice(gate, DType::F32, &[1, width])?;
+        shared_expert_gate(x, gate, TensorViewMut::from_slice(&mut factors, DType::F32, &[tokens, 1])?)?;
+    }
+    kernel.apply(Call {
+        stream: Stream::Host,
+        weights: &shared.weights,
+        hidden: x,
+        routing: TopK {
+            ids: TensorView::from_slice(&ids, DType::I32, &[tokens, 1])?,
+            weights: TensorView::from_slice(&factors, DType::F32, &[tokens, 1])?,
+        },
+        overlap: Overlap::default(),
+        out: TensorViewMut::from_slice(out, DType::F32, &[tokens, layer.config.hidden])?,
+    })?;
+    Ok(())
+}
+
+/// Whether `error` is about what the caller gave (bad tokens), not about the run.
+pub fn is_bad_input(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<Error>().is_some_and(|e| matches!(e.kind, ErrorKind::BadInput(_)))
+}

@@ -1,0 +1,47 @@
+//! How a command ends: scripts depend on the codes.
+
+use std::process::ExitCode;
+
+/// Why a command did not succeed.
+#[derive(Debug)]
+pub enum Failure {
+    /// Bad arguments, bad input files, or no backend fits: exit code 2.
+    Refused(anyhow::Error),
+    /// Something went wrong while it ran, or a check found an error: exit code 1.
+    Failed(anyhow::Error),
+}
+
+impl Failure {
+    /// Prints the reason and its causes to stderr, and gives the exit code.
+    pub fn report(&self) -> ExitCode {
+        let (error, code) = match self {
+            Failure::Refused(error) => (error, 2),
+            Failure::Failed(error) => (error, 1),
+        };
+        eprintln!("fmoe: {error:#}");
+        ExitCode::from(code)
+    }
+}
+
+/// Sorts an error into one of the two bins.
+pub trait OrFailure<T> {
+    /// The caller gave something that cannot be run.
+    fn or_refused(self) -> Result<T, Failure>;
+    /// It could be run, and failed.
+    fn or_failed(self) -> Result<T, Failure>;
+}
+
+impl<T, E: Into<anyhow::Error>> OrFailure<T> for Result<T, E> {
+    fn or_refused(self) -> Result<T, Failure> {
+        self.map_err(|e| Failure::Refused(e.into()))
+    }
+
+    fn or_failed(self) -> Result<T, Failure> {
+        self.map_err(|e| Failure::Failed(e.into()))
+    }
+}
+
+/// A refusal in words.
+pub fn refused<T>(why: impl std::fmt::Display) -> Result<T, Failure> {
+    Err(Failure::Refused(anyhow::anyhow!("{why}")))
+}

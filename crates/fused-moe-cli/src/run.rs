@@ -1,0 +1,139 @@
+//! `fmoe run`: one layer of a checkpoint on hidden states from a file.
+
+use std::time::Duration;
+
+use anyhow::anyhow;
+use indicatif::{ProgressBar, ProgressStyle};
+use moe_checkpoint::Checkpoint;
+use serde::Serialize;
+
+use crate::args::{Ranks, RunArgs, SortPolicy};
+use crate::ep::{self, LoadedLayer};
+use crate::exit::{Failure, OrFailure, refused};
+use crate::layer::{self, Choice};
+use crate::report::{
+    BytesReport, PlanReport, RejectedReport, TimesReport, TrafficReport, human_bytes, print_json,
+};
+use crate::tokens::{HiddenStates, OutputFile};
+use crate::verify::{self, Subject, Verdict};
+
+#[derive(Serialize)]
+struct Report {
+    layer: usize,
+    tokens: usize,
+    ep_size: usize,
+    scheme: String,
+    plan: PlanReport,
+    rejected: Vec<RejectedReport>,
+    bytes_per_rank: BytesReport,
+    times_ms: TimesReport,
+    wire: TrafficReport,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    verify: Option<Verdict>,
+}
+
+/// Runs the command.
+pub fn run(args: &RunArgs) -> Result<(), Failure> {
+    let registry = fused_moe::default_backends();
+    let selection = layer::selection(&args.layer);
+    layer::check_names(&registry, selection)?;
+    if args.ranks != Ranks::Threads {
+        return refused("--ranks: this version runs ranks as threads only");
+    }
+    if args.sort_policy != SortPolicy::Auto {
+        return refused("--sort-policy: this version has auto only");
+    }
+    let file = OutputFile::check(&args.output).or_refused()?;
+    let checkpoint = Checkpoint::open(&args.layer.checkpoint).or_refused()?;
+    let stored = layer::open(&checkpoint, args.layer.layer)?;
+    let hidden = HiddenStates::read(&args.input, stored.model().hidden).or_refused()?;
+    let max_tokens = hidden.tokens.div_ceil(args.layer.ep_size.max(1));
+    let config = layer::config(&stored, &args.layer, max_tokens)?;
+    let Choice { plan, survey } = layer::choose(&registry, &config, selection)?;
+    tracing::info!(all2all = plan.comm(), experts = plan.experts(), wire = %plan.wire(), "plan");
+
+    let bar = progress(config.num_experts() as u64, "loading experts");
+    let weights = layer::load(&registry, &stored, &config, &plan, || bar.inc(1))?;
+    let shared = layer::load_shared(&registry, &stored, &config, plan.experts(), args.layer.quant)?;
+    bar.finish_and_clear();
+
+    let loaded = LoadedLayer { stored: &stored, config: &config, weights: &weights, shared: shared.as_ref() };
+    let done = match ep::run(&registry, &loaded, selection, &hidden) {
+        Ok(done) => done,
+        Err(error) if ep::is_bad_input(&error) => return Err(Failure::Refused(error)),
+        Err(error) => return Err(Failure::Failed(error)),
+    };
+    let verdict = if args.verify {
+        let spinner = progress(0, "computing the oracle");
+        let subject = Subject { stored: &stored, config: &config, plan: &plan, quant: args.layer.quant };
+        let verdict = verify::verify(&subject, &hidden, &done).or_failed()?;
+        spinner.finish_and_clear();
+        Some(verdict)
+    } else {
+        None
+    };
+    let passes = verdict.is_none_or(|v| v.passes());
+    if passes {
+        file.write(&done.output).or_failed()?;
+    }
+    let report = Report {
+        layer: stored.index(),
+        tokens: hidden.tokens,
+        ep_size: config.ep_size(),
+        scheme: config.quant.to_string(),
+        plan: (&plan).into(),
+        rejected: survey.refused.iter().map(Into::into).collect(),
+        bytes_per_rank: done.bytes.into(),
+        times_ms: done.times.into(),
+        wire: done.traffic.into(),
+        verify: verdict,
+    };
+    if args.json {
+        print_json(&report).or_failed()?;
+    } else {
+        let (comm, experts, wire) = (plan.comm(), plan.experts(), plan.wire());
+        println!(
+            "layer {}: {} tokens over {} ranks, {}",
+            report.layer, report.tokens, report.ep_size, config.quant
+        );
+        println!("plan: {comm} x {experts}, wire {wire}");
+        let ms = |time: Duration| format!("{:.2} ms", time.as_secs_f64() * 1e3);
+        let stages = done.times.stages;
+        println!(
+            "time: router {}, dispatch {}, experts {}, combine {} (shared experts {}), total {}",
+            ms(done.times.router),
+            ms(stages.dispatch),
+            ms(stages.experts),
+            ms(stages.combine),
+            ms(done.times.shared),
+            ms(done.times.total),
+        );
+        println!("wire: {} between ranks", human_bytes(done.traffic.remote_bytes as f64));
+        if let Some(v) = verdict {
+            println!(
+                "error against the oracle: routed {:.2e}, output {:.2e} (at most {:.1e})",
+                v.routed, v.output, v.tolerance
+            );
+        }
+    }
+    match verdict {
+        Some(v) if !passes => Err(Failure::Failed(anyhow!(
+            "verification failed: relative error routed {:.3e}, output {:.3e}, at most {:.1e} is allowed; {} was not written",
+            v.routed,
+            v.output,
+            v.tolerance,
+            args.output.display()
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// A progress bar on stderr; a spinner if `length` is 0. Nothing is drawn where stderr is not a terminal.
+pub fn progress(length: u64, message: &'static str) -> ProgressBar {
+    let bar = if length == 0 { ProgressBar::new_spinner() } else { ProgressBar::new(length) };
+    let template = if length == 0 { "{spinner} {msg}" } else { "{msg} [{bar:30}] {pos}/{len}" };
+    bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar.set_message(message);
+    bar.enable_steady_tick(Duration::from_millis(200));
+    bar
+}

@@ -1,0 +1,132 @@
+//! A run against the f64 oracle.
+
+use fused_moe::{DType, TensorView, TensorViewMut, router::shared_expert_gate};
+use fused_moe::{ExpertMatrices, ExpertPlacement, MoeConfig, Plan, QuantScheme, Rank, RouterWeight};
+use moe_checkpoint::{ExpertTensors, MoeLayer};
+use moe_conformance::oracle::{InputScales, Layer, RankTokens, Shape};
+use moe_conformance::{relative_l2, tolerance};
+use rayon::prelude::*;
+use serde::Serialize;
+
+use crate::args::Quant;
+use crate::ep::{LayerRun, share};
+use crate::layer;
+use crate::tokens::HiddenStates;
+use crate::weights::LoadedExpert;
+
+/// Relative L2 errors against the oracle, which quantises where the layer does.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Verdict {
+    /// Of the routed experts' output.
+    pub routed: f64,
+    /// Of the whole output.
+    pub output: f64,
+    /// The largest error that passes.
+    pub tolerance: f64,
+}
+
+impl Verdict {
+    /// Whether both errors are within the tolerance.
+    pub fn passes(&self) -> bool {
+        // A NaN error must not pass.
+        self.routed <= self.tolerance && self.output <= self.tolerance
+    }
+}
+
+/// What a run was of.
+#[derive(Debug)]
+pub struct Subject<'l> {
+    /// The layer in the checkpoint.
+    pub stored: &'l MoeLayer<'l>,
+    /// Configuration of the routed experts.
+    pub config: &'l MoeConfig,
+    /// The pair that ran.
+    pub plan: &'l Plan,
+    /// What was asked for, which decides the scheme of the shared experts too.
+    pub quant: Quant,
+}
+
+/// Computes the layer with the oracle, for the routing that the run chose, and compares.
+pub fn verify(subject: &Subject<'_>, hidden: &HiddenStates, run: &LayerRun) -> anyhow::Result<Verdict> {
+    let Subject { stored, config, plan, quant } = *subject;
+    let all = (0..config.num_experts()).map(|e| stored.expert(e)).collect::<Result<Vec<_>, _>>()?;
+    let experts = loaded(&all, config.quant)?;
+    let parts: Vec<_> =
+        (0..config.ep_size() as u32).map(|r| share(hidden.tokens, config.ep_size(), Rank(r))).collect();
+    let tokens: Vec<RankTokens<'_>> = parts
+        .iter()
+        .map(|part| RankTokens {
+            hidden: &hidden.values[part.start * config.hidden..part.end * config.hidden],
+            ids: &run.output.topk_ids[part.start * config.top_k..part.end * config.top_k],
+            weights: &run.output.topk_weights[part.start * config.top_k..part.end * config.top_k],
+        })
+        .collect();
+    let input_scales = match plan.wire().scale {
+        Some(_) => InputScales::OfSource,
+        None if plan.comm().starts_with("mori") => InputScales::OfNeededRows,
+        None => InputScales::OfAllRows,
+    };
+    let views = views(&experts)?;
+    let routed = Layer {
+        shape: Shape { hidden: config.hidden, intermediate: config.intermediate, top_k: config.top_k },
+        quant: config.quant,
+        router_weight: RouterWeight::OnOutput,
+        input_scales,
+        experts: &views,
+        placement: &config.placement,
+        ranks: &tokens,
+    }
+    .run()?
+    .concat();
+
+    let mut output = routed.clone();
+    if let Some(shared) = stored.shared_experts()? {
+        let mlp = [shared.mlp];
+        let scheme = layer::scheme(quant, mlp[0].gate.scheme());
+        let expert = loaded(&mlp, scheme)?;
+        let views = self::views(&expert)?;
+        let ids = vec![0; hidden.tokens];
+        let mut weights = vec![1.0; hidden.tokens];
+        if let Some(gate) = &shared.sigmoid_gate {
+            let x = TensorView::from_slice(&hidden.values, DType::Bf16, &[hidden.tokens, config.hidden])?;
+            let out = TensorViewMut::from_slice(&mut weights, DType::F32, &[hidden.tokens, 1])?;
+            shared_expert_gate(x, gate.view(), out)?;
+        }
+        // Every rank runs the shared experts on its own tokens, so per-tensor scales are per rank here too: one
+        // layer per rank.
+        let intermediate = mlp[0].gate.rows();
+        let mut at = 0;
+        for part in &parts {
+            let mine = Layer {
+                shape: Shape { hidden: config.hidden, intermediate, top_k: 1 },
+                quant: scheme,
+                router_weight: RouterWeight::OnOutput,
+                input_scales: InputScales::OfSource,
+                experts: &views,
+                placement: &ExpertPlacement::linear(1, 1)?,
+                ranks: &[RankTokens {
+                    hidden: &hidden.values[part.start * config.hidden..part.end * config.hidden],
+                    ids: &ids[part.clone()],
+                    weights: &weights[part.clone()],
+                }],
+            }
+            .run()?
+            .concat();
+            output[at..at + mine.len()].iter_mut().zip(&mine).for_each(|(sum, shared)| *sum += shared);
+            at += mine.len();
+        }
+    }
+    Ok(Verdict {
+        routed: relative_l2(&run.output.routed, &routed),
+        output: relative_l2(&run.output.output, &output),
+        tolerance: tolerance(config.quant),
+    })
+}
+
+fn loaded<'c>(stored: &'c [ExpertTensors<'_>], scheme: QuantScheme) -> anyhow::Result<Vec<LoadedExpert<'c>>> {
+    stored.par_iter().map(|tensors| LoadedExpert::new(tensors, scheme)).collect()
+}
+
+fn views<'v>(experts: &'v [LoadedExpert<'_>]) -> anyhow::Result<Vec<ExpertMatrices<'v>>> {
+    Ok(experts.iter().map(LoadedExpert::view).collect::<Result<_, _>>()?)
+}

@@ -1,0 +1,119 @@
+//! The combination matrix: every dispatch/combine backend with every experts backend, scheme, format and size of the
+//! group, one test per cell.
+//!
+//! A cell that the backends' own capabilities say fits must agree with the oracle in all its cases; any other must be
+//! refused with reasons, and must refuse to be built. `cargo xtask matrix --full` runs every case of every cell.
+
+use std::collections::BTreeSet;
+use std::process::ExitCode;
+
+use fused_moe::{ActivationFormat, QuantScheme, Registry, Selection};
+use libtest_mimic::{Arguments, Failed, Trial};
+use moe_conformance::{Case, EP_SIZES, Outcome, SCHEMES, Settings, layer, reference};
+
+/// Cells that must fit at least, so that a backend which starts to refuse does not go unnoticed: five of this
+/// workspace's dispatch backends and the reference one, with two kinds of standard experts, four schemes and
+/// four sizes (`local` has one size), and the batched and monolithic pairs.
+const FLOOR: usize = 160;
+
+/// Schemes of the daily run; the FNUZ formats join in the full one.
+const DAILY_SCHEMES: usize = 4;
+
+fn registry() -> Registry {
+    fused_moe::default_backends()
+        .with_comm(reference::ReferenceComm)
+        .with_comm(reference::BatchedComm)
+        .with_experts(reference::ReferenceExperts)
+        .with_experts(reference::BatchedExperts)
+        .with_experts(reference::MonolithicExperts)
+}
+
+/// One cell of the matrix.
+#[derive(Clone, Copy)]
+struct Cell {
+    comm: &'static str,
+    experts: &'static str,
+    scheme: (&'static str, QuantScheme),
+    ep_size: usize,
+}
+
+impl Cell {
+    fn name(&self) -> String {
+        format!("{}::{}::{}::ep{}", self.comm, self.experts, self.scheme.0, self.ep_size)
+    }
+
+    fn selection(&self) -> Selection<'static> {
+        Selection { comm: Some(self.comm), experts: Some(self.experts) }
+    }
+
+    fn cases(&self, full: bool, settings: Settings) -> Vec<Case> {
+        let (quant, ep_size, seed) = (self.scheme.1, self.ep_size, settings.seed);
+        if full { Case::covering(quant, ep_size, seed) } else { Case::covering_ep(quant, ep_size, seed) }
+    }
+
+    /// Format of the plan for this cell, `None` if it does not fit.
+    fn format(&self, registry: &Registry, settings: Settings) -> Option<ActivationFormat> {
+        let config = Case::small(self.scheme.1, self.ep_size, settings.seed).config();
+        let survey = registry.survey(&config, self.selection()).ok()?;
+        survey.fitting.first().map(|plan| plan.format())
+    }
+
+    /// All cases of the cell. Individual cases may be refused (a router weight on the input that neither side
+    /// applies), but in a cell that fits, not all of them.
+    fn run(&self, registry: &Registry, fits: bool, full: bool, settings: Settings) -> Result<(), Failed> {
+        let mut passed = 0;
+        for case in self.cases(full, settings) {
+            match layer::run(registry, &case, self.selection(), settings) {
+                Outcome::Pass => passed += 1,
+                Outcome::Refused(_) => {}
+                Outcome::Fail(why) => return Err(why.into()),
+            }
+        }
+        match (fits, passed) {
+            (true, 0) => Err("the cell fits, but every case of it was refused".into()),
+            (false, 1..) => Err(format!("the cell does not fit, but {passed} cases of it passed").into()),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let (mine, theirs): (Vec<String>, Vec<String>) = std::env::args().partition(|arg| arg == "--full");
+    let full = !mine.is_empty();
+    let arguments = Arguments::from_iter(theirs);
+    let settings = Settings::default();
+    let registry = registry();
+
+    let schemes = if full { &SCHEMES[..] } else { &SCHEMES[..DAILY_SCHEMES] };
+    let mut cells = Vec::new();
+    for comm in registry.comm_names() {
+        for experts in registry.experts_names() {
+            for &scheme in schemes {
+                cells.extend(EP_SIZES.map(|ep_size| Cell { comm, experts, scheme, ep_size }));
+            }
+        }
+    }
+    let mut trials = Vec::new();
+    let mut formats = BTreeSet::new();
+    let mut fitting = 0;
+    for cell in cells {
+        let format = cell.format(&registry, settings);
+        fitting += usize::from(format.is_some());
+        formats.extend(format.map(ActivationFormat::name));
+        let registry = registry.clone();
+        let kind = if format.is_some() { "fits" } else { "refused" };
+        let run = move || cell.run(&registry, format.is_some(), full, settings);
+        trials.push(Trial::test(cell.name(), run).with_kind(kind));
+    }
+    trials.push(Trial::test("floor", move || {
+        if fitting < FLOOR {
+            return Err(format!("{fitting} cells fit, at least {FLOOR} must").into());
+        }
+        if formats.len() < 2 {
+            return Err(format!("only the formats {formats:?} are covered").into());
+        }
+        Ok(())
+    }));
+    println!("seed {}", settings.seed);
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
