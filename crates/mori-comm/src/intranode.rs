@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use ep_transport::{Heap, Signal, Status, Transport, TransportError};
 use fused_moe_core::{
-    Arrived, DType, Dispatched, Error, ExecCx, ExpertOut, Fault, MoeConfig, Plan, PrepareAndFinalizeModular,
-    PrepareCaps, PrepareInput, Rank, ReceivedRows, Result, Routed, RouterWeight, Routing, Sent, Stage,
-    Stream, TensorView, TensorViewMut, TicketLedger, TopK, ViewError, phase,
+    Arrived, DType, Dispatched, Error, ExecCx, ExpertOut, Fault, MoeConfig, Outstanding, Plan,
+    PrepareAndFinalizeModular, PrepareCaps, PrepareInput, Rank, ReceivedRows, Result, Routed, RouterWeight,
+    Routing, Sent, Stage, TensorView, TensorViewMut, TicketLedger, TopK, ViewError, phase,
 };
 use half::bf16;
 use quant::{Activations, Isa, Quantizer};
@@ -436,13 +436,16 @@ impl PrepareAndFinalizeModular for IntraNode {
 }
 
 impl Drop for IntraNode {
-    /// Ends a round whose ticket was dropped, so that the peers learn of it now and not at their deadline.
+    /// Tells the peers of a round whose ticket was dropped that nothing will come, now and not at their deadline.
+    /// Does not wait for them: the memory lives as long as any rank holds it.
     fn drop(&mut self) {
-        let mut none = [0u8; 0];
-        if let Ok(memory) = TensorViewMut::from_slice(&mut none, DType::U8, &[0]) {
-            let workspace = fused_moe_core::Arena::new(memory);
-            // A peer that is lost stays lost; there is nobody to tell.
-            let _ = self.settle(&mut ExecCx { stream: Stream::Host, workspace });
+        let round = self.ledger.round();
+        if let Some(Outstanding::PrepareSent(_) | Outstanding::Dispatched(_)) = self.ledger.outstanding() {
+            let abandoned = Status::failed(Fault::Abandoned);
+            for to in self.ranks() {
+                // A peer that cannot be told is one that is gone.
+                let _ = self.buffers.ready.post(&*self.heap, to, round, abandoned);
+            }
         }
     }
 }
