@@ -87,6 +87,11 @@ pub use mori_comm;
 #[cfg(feature = "naive")]
 pub use naive_comm;
 
+/// The examples of the README, so that they are tested.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;
+
 /// The backends that this build was made with, best first.
 pub fn default_backends() -> Registry {
     let registry = Registry::new();
