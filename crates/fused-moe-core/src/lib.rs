@@ -82,14 +82,14 @@ pub use placement::{
 pub use quantization::{
     BLOCK, Fp8Format, Granularity, QuantScheme, ScaleLayout, ScaleOrder, ScaleSource, WireFormat,
 };
-pub use routing::{ExpertGroups, RoutingConfig, RoutingMethod};
+pub use routing::{ExpertGroups, RoutingConfig, RoutingMethod, UnknownRoutingMethod};
 
 pub use error::{Error, ErrorKind, Mismatch, Result, Source, Stage};
 pub use fault::Fault;
 pub use group::{ProcessGroup, SingleRank};
 
 pub use exec::{ARENA_ALIGN, Arena, ExecCx, Stream};
-pub use router::{Router, TopK, TopKMut};
+pub use router::{Router, RouterInput, RouterOutput, TopK, TopKMut};
 pub use ticket::{Outstanding, Routed, Routing, Sent, TicketLedger, phase};
 
 pub use prepare_finalize::{
