@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
 use fused_moe::{
     Activation, Call, DType, DeviceKind, ExpertPlacement, FusedMoEKernel, MoeConfig, Overlap, QuantScheme,
     Rank, Selection, SingleRank, Stream, TensorView, TensorViewMut, TopK,
@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::args::{BenchExpertsArgs, Quant};
 use crate::exit::{Failure, OrFailure, refused};
 use crate::layer::scheme;
-use crate::report::print_json;
+use crate::report::{print, print_json};
 use crate::synthetic::normal;
 use crate::weights::{LoadedExpert, LoadedMatrix};
 
@@ -58,6 +58,27 @@ impl Shape {
     }
 }
 
+impl Shape {
+    /// Refuses sizes that cannot be measured; what no backend runs is found out later.
+    fn check(&self, tokens: &[usize]) -> anyhow::Result<()> {
+        let Shape { hidden, intermediate, experts, top_k, .. } = *self;
+        // 2^40 bytes of weights are beyond what is measured on a host.
+        let elements = hidden.checked_mul(intermediate).and_then(|n| n.checked_mul(experts));
+        if elements.is_none_or(|n| n == 0 || n > 1 << 40) {
+            bail!(
+                "a layer of {experts} experts, hidden {hidden}, intermediate {intermediate} cannot be measured"
+            );
+        }
+        if top_k == 0 || top_k > experts {
+            bail!("top-{top_k} of {experts} experts does not exist");
+        }
+        if let Some(&tokens) = tokens.iter().find(|&&tokens| tokens == 0 || tokens > 1 << 20) {
+            bail!("{tokens} tokens cannot be measured, at least 1 and at most {} can", 1 << 20);
+        }
+        Ok(())
+    }
+}
+
 #[derive(Serialize)]
 struct Report {
     shape: String,
@@ -80,6 +101,9 @@ struct Row {
     fraction_of_roof: f64,
 }
 
+/// More threads than any machine has cores.
+const MAX_THREADS: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
+
 /// Runs the command.
 pub fn run(args: &BenchExpertsArgs) -> Result<(), Failure> {
     let shape = Shape::named(&args.shape).or_refused()?;
@@ -88,6 +112,9 @@ pub fn run(args: &BenchExpertsArgs) -> Result<(), Failure> {
     }
     let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
     let threads = args.threads.unwrap_or(cores);
+    if threads > MAX_THREADS {
+        return refused(format!("--threads {threads}: at most {MAX_THREADS}"));
+    }
     rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global().or_failed()?;
     let schemes = if args.quant.is_empty() {
         vec![Quant::None, Quant::Fp8Block, Quant::Fp8Ptpc, Quant::Fp8PerTensor]
@@ -95,6 +122,7 @@ pub fn run(args: &BenchExpertsArgs) -> Result<(), Failure> {
         args.quant.clone()
     };
     let tokens = if args.tokens.is_empty() { &shape.tokens } else { &args.tokens };
+    shape.check(tokens).or_refused()?;
 
     let mut report = Report {
         shape: shape.name.clone(),
@@ -112,11 +140,19 @@ pub fn run(args: &BenchExpertsArgs) -> Result<(), Failure> {
     if args.json {
         return print_json(&report).or_failed();
     }
-    println!(
-        "{}: hidden {}, intermediate {}, {} experts, top-{}; {} threads",
-        shape.name, shape.hidden, shape.intermediate, shape.experts, shape.top_k, report.threads
-    );
-    println!("probes: {:.0} GFLOP/s bf16, {:.1} GB/s read", report.peak_gflops, report.read_gbytes_per_s);
+    print(format_args!(
+        "{}: hidden {}, intermediate {}, {} experts, top-{}; {} threads\n\
+         probes: {:.0} GFLOP/s bf16, {:.1} GB/s read",
+        shape.name,
+        shape.hidden,
+        shape.intermediate,
+        shape.experts,
+        shape.top_k,
+        report.threads,
+        report.peak_gflops,
+        report.read_gbytes_per_s
+    ))
+    .or_failed()?;
     let mut table = comfy_table::Table::new();
     table.load_preset(comfy_table::presets::UTF8_FULL_CONDENSED);
     table.set_header([
@@ -143,11 +179,11 @@ pub fn run(args: &BenchExpertsArgs) -> Result<(), Failure> {
             format!("{:.0} %", row.fraction_of_roof * 100.0),
         ]);
     }
-    println!("{table}");
-    println!(
-        "roof: the longer of reading the active experts' weights once and of the FLOPs at the probed peak"
-    );
-    Ok(())
+    print(format_args!(
+        "{table}\n\
+         roof: the longer of reading the active experts' weights once and of the FLOPs at the probed peak"
+    ))
+    .or_failed()
 }
 
 /// A layer of random experts, packed.

@@ -14,7 +14,7 @@ use crate::args::{DemoArgs, LayerArgs, Quant};
 use crate::ep::{self, LoadedLayer};
 use crate::exit::{Failure, OrFailure, refused};
 use crate::layer;
-use crate::report::human_bytes;
+use crate::report::{human_bytes, print};
 use crate::run::progress;
 use crate::synthetic::{Family, Model, normal};
 use crate::tokens::HiddenStates;
@@ -52,10 +52,16 @@ const MODELS: [Model; 3] = [
 
 const BACKENDS: [&str; 3] = ["mori_high_throughput", "allgather_reducescatter", "naive"];
 
+/// More would not be a demonstration.
+const MAX_TOKENS: usize = 1 << 16;
+
 /// Runs the command.
 pub fn run(args: &DemoArgs) -> Result<(), Failure> {
     if args.ep_size == 0 {
         return refused("--ep-size 0: at least one rank is needed");
+    }
+    if args.tokens > MAX_TOKENS {
+        return refused(format!("--tokens {}: at most {MAX_TOKENS}", args.tokens));
     }
     let temporary;
     let folder: &Path = match &args.keep {
@@ -101,10 +107,13 @@ pub fn run(args: &DemoArgs) -> Result<(), Failure> {
         }
     }
     bar.finish_and_clear();
-    println!("{} tokens over {} ranks in threads of this process, seed {seed}", args.tokens, args.ep_size);
-    println!("{table}");
-    println!("times are those of the slowest rank, in ms; sent is what the transport counted between ranks;");
-    println!("error is the relative L2 distance to the f64 oracle, which quantises where the layer does");
+    let DemoArgs { tokens, ep_size, .. } = args;
+    print(format_args!(
+        "{tokens} tokens over {ep_size} ranks in threads of this process, seed {seed}\n{table}\n\
+         times are those of the slowest rank, in ms; sent is what the transport counted between ranks;\n\
+         error is the relative L2 distance to the f64 oracle, which quantises where the layer does"
+    ))
+    .or_failed()?;
     if failures.is_empty() {
         return Ok(());
     }
@@ -116,7 +125,7 @@ fn hidden_states(tokens: usize, hidden: usize, seed: u64) -> HiddenStates {
     let mut random = Pcg64::seed_from_u64(seed ^ 0x9e37_79b9);
     let value = |i: usize, x: f32| bf16::from_f32(if i % hidden % 97 == 13 { 8.0 * x } else { x });
     let values = (0..tokens * hidden).map(|i| value(i, normal(&mut random))).collect();
-    HiddenStates { values, tokens, hidden }
+    HiddenStates { values, tokens }
 }
 
 struct Demo<'d> {

@@ -1,5 +1,6 @@
 //! How a command ends: scripts depend on the codes.
 
+use std::io::Write;
 use std::process::ExitCode;
 
 /// Why a command did not succeed.
@@ -18,7 +19,8 @@ impl Failure {
             Failure::Refused(error) => (error, 2),
             Failure::Failed(error) => (error, 1),
         };
-        eprintln!("fmoe: {error:#}");
+        // Nobody is left to tell if stderr cannot be written; the exit code still counts.
+        let _ = writeln!(std::io::stderr(), "fmoe: {error:#}");
         ExitCode::from(code)
     }
 }

@@ -12,6 +12,9 @@ use crate::args::{LayerArgs, Quant};
 use crate::exit::{Failure, OrFailure, refused};
 use crate::weights::LoadedExpert;
 
+/// Ranks are threads here; many more of them than this run out of memory for their stacks.
+const MAX_RANKS: usize = 1024;
+
 /// The scheme that `quant` means for weights stored as `stored`.
 pub fn scheme(quant: Quant, stored: QuantScheme) -> QuantScheme {
     match quant {
@@ -33,6 +36,9 @@ pub fn open<'c>(checkpoint: &'c Checkpoint, layer: Option<usize>) -> Result<MoeL
 /// Configuration of a layer over `args.ep_size` ranks, each bringing at most `max_tokens` tokens.
 pub fn config(layer: &MoeLayer<'_>, args: &LayerArgs, max_tokens: usize) -> Result<MoeConfig, Failure> {
     let ranks_per_node = args.gpus_per_node.unwrap_or(args.ep_size);
+    if args.ep_size > MAX_RANKS {
+        return refused(format!("--ep-size {}: at most {MAX_RANKS} ranks in one process", args.ep_size));
+    }
     if args.ep_size == 0 {
         return refused("--ep-size 0: at least one rank is needed");
     }

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::args::MatrixArgs;
 use crate::exit::{Failure, OrFailure};
-use crate::report::{PlanReport, RejectedReport, print_json};
+use crate::report::{PlanReport, RejectedReport, print, print_json};
 
 const SCHEMES: [QuantScheme; 4] = [
     QuantScheme::Unquantized,
@@ -69,11 +69,12 @@ pub fn run(args: MatrixArgs) -> Result<(), Failure> {
             }
         }
     }
-    println!("{table}");
+    print(&table).or_failed()?;
     if args.markdown {
-        println!(
-            "\nA cell names what travels in dispatch; all of it ran on the host. `refused (…)` names what does not fit."
-        );
+        print(
+            "\nA cell names what travels in dispatch; all of it ran on the host. `refused (…)` names what does not fit.",
+        )
+        .or_failed()?;
     }
     Ok(())
 }

@@ -7,7 +7,7 @@ use serde::Serialize;
 use crate::args::PlanArgs;
 use crate::exit::{Failure, OrFailure};
 use crate::layer;
-use crate::report::{BytesReport, PlanReport, RejectedReport, WireReport, human_bytes, print_json};
+use crate::report::{BytesReport, PlanReport, RejectedReport, WireReport, human_bytes, print, print_json};
 
 #[derive(Serialize)]
 struct Report {
@@ -61,13 +61,14 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
         return print_json(&report).or_failed();
     }
 
-    println!(
+    print(format_args!(
         "layer {} of {}: {}, EP {}",
         report.layer,
         args.layer.checkpoint.display(),
         config.quant,
         config.ep_size()
-    );
+    ))
+    .or_failed()?;
     let mut table = comfy_table::Table::new();
     table.load_preset(comfy_table::presets::UTF8_FULL_CONDENSED);
     table.set_header([
@@ -94,11 +95,11 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
             human_bytes(wire.combine),
         ]);
     }
-    println!("{table}");
+    print(table).or_failed()?;
     for pair in &choice.survey.refused {
-        println!("refused {} x {}:", pair.comm, pair.experts);
+        print(format_args!("refused {} x {}:", pair.comm, pair.experts)).or_failed()?;
         for reason in &pair.reasons {
-            println!("  {reason}");
+            print(format_args!("  {reason}")).or_failed()?;
         }
     }
     Ok(())

@@ -1,5 +1,9 @@
 //! Plans and runs as JSON, the same objects in every command.
 
+use std::fmt::Display;
+use std::io::{ErrorKind, Write};
+
+use anyhow::Context;
 use fused_moe::transport::Traffic;
 use fused_moe::{KernelBytes, Plan, RefusedPair, WireBytes};
 use serde::Serialize;
@@ -135,10 +139,20 @@ impl From<Traffic> for TrafficReport {
     }
 }
 
+/// Prints `text` and a line end on stdout.
+///
+/// A reader that has seen enough (`fmoe matrix | head`) is no error; a full disk is one.
+pub fn print(text: impl Display) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    match writeln!(out, "{text}").and_then(|()| out.flush()) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        done => done.context("cannot write to stdout"),
+    }
+}
+
 /// Prints `value` as one JSON object on stdout.
 pub fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
-    println!("{}", serde_json::to_string_pretty(value)?);
-    Ok(())
+    print(serde_json::to_string_pretty(value)?)
 }
 
 /// `bytes` in the unit that a person would choose.

@@ -12,7 +12,7 @@ use crate::ep::{self, LoadedLayer};
 use crate::exit::{Failure, OrFailure, refused};
 use crate::layer::{self, Choice};
 use crate::report::{
-    BytesReport, PlanReport, RejectedReport, TimesReport, TrafficReport, human_bytes, print_json,
+    BytesReport, PlanReport, RejectedReport, TimesReport, TrafficReport, human_bytes, print, print_json,
 };
 use crate::tokens::{HiddenStates, OutputFile};
 use crate::verify::{self, Subject, Verdict};
@@ -73,9 +73,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         None
     };
     let passes = verdict.is_none_or(|v| v.passes());
-    if passes {
-        file.write(&done.output).or_failed()?;
-    }
+    let staged = passes.then(|| file.stage(&done.output)).transpose().or_failed()?;
     let report = Report {
         layer: stored.index(),
         tokens: hidden.tokens,
@@ -92,29 +90,36 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         print_json(&report).or_failed()?;
     } else {
         let (comm, experts, wire) = (plan.comm(), plan.experts(), plan.wire());
-        println!(
-            "layer {}: {} tokens over {} ranks, {}",
+        print(format_args!(
+            "layer {}: {} tokens over {} ranks, {}\nplan: {comm} x {experts}, wire {wire}",
             report.layer, report.tokens, report.ep_size, config.quant
-        );
-        println!("plan: {comm} x {experts}, wire {wire}");
+        ))
+        .or_failed()?;
         let ms = |time: Duration| format!("{:.2} ms", time.as_secs_f64() * 1e3);
         let stages = done.times.stages;
-        println!(
-            "time: router {}, dispatch {}, experts {}, combine {} (shared experts {}), total {}",
+        print(format_args!(
+            "time: router {}, dispatch {}, experts {}, combine {} (shared experts {}), total {}\n\
+             wire: {} between ranks",
             ms(done.times.router),
             ms(stages.dispatch),
             ms(stages.experts),
             ms(stages.combine),
             ms(done.times.shared),
             ms(done.times.total),
-        );
-        println!("wire: {} between ranks", human_bytes(done.traffic.remote_bytes as f64));
+            human_bytes(done.traffic.remote_bytes as f64),
+        ))
+        .or_failed()?;
         if let Some(v) = verdict {
-            println!(
+            print(format_args!(
                 "error against the oracle: routed {:.2e}, output {:.2e} (at most {:.1e})",
                 v.routed, v.output, v.tolerance
-            );
+            ))
+            .or_failed()?;
         }
+    }
+    // Last, so that a report that cannot be printed leaves no output behind.
+    if let Some(staged) = staged {
+        staged.commit().or_failed()?;
     }
     match verdict {
         Some(v) if !passes => Err(Failure::Failed(anyhow!(

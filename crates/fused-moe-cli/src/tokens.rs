@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, anyhow, bail};
 use half::bf16;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use tempfile::NamedTempFile;
 
 /// Hidden states, `[tokens, hidden]`, rounded to bf16 once.
 #[derive(Clone, Debug)]
@@ -13,8 +14,6 @@ pub struct HiddenStates {
     pub values: Vec<bf16>,
     /// Rows.
     pub tokens: usize,
-    /// Columns.
-    pub hidden: usize,
 }
 
 impl HiddenStates {
@@ -46,7 +45,7 @@ impl HiddenStates {
             let (token, element) = (at / hidden, at % hidden);
             bail!("hidden_states of token {token} is {} at element {element}, {}", values[at], context());
         }
-        Ok(Self { values, tokens, hidden })
+        Ok(Self { values, tokens })
     }
 }
 
@@ -87,14 +86,18 @@ impl OutputFile {
         if !folder.is_dir() {
             bail!("the folder of {} does not exist", path.display());
         }
-        if path.is_dir() {
+        if path.is_dir() || path.as_os_str().as_encoded_bytes().ends_with(b"/") {
             bail!("{} is a folder", path.display());
+        }
+        // A rename would put a file in the place of /dev/null.
+        if path.exists() && !path.is_file() {
+            bail!("{} is not an ordinary file", path.display());
         }
         Ok(Self { path: path.to_path_buf(), folder: folder.to_path_buf() })
     }
 
-    /// Writes the outputs beside the file and renames the result.
-    pub fn write(&self, out: &LayerOutput) -> anyhow::Result<()> {
+    /// Writes the outputs beside the file under a temporary name.
+    pub fn stage(&self, out: &LayerOutput) -> anyhow::Result<StagedFile<'_>> {
         let f32_bytes = |values: &[f32]| bytes_of(values, f32::to_le_bytes);
         let ids = bytes_of(&out.topk_ids, i32::to_le_bytes);
         let mut named = Vec::new();
@@ -119,7 +122,21 @@ impl OutputFile {
         }
         let file = builder.tempfile_in(&self.folder).with_context(context)?;
         std::fs::write(file.path(), bytes).with_context(context)?;
-        file.persist(&self.path).with_context(context)?;
+        Ok(StagedFile { file, path: &self.path })
+    }
+}
+
+/// Outputs under a temporary name, which are gone if they are not committed.
+#[derive(Debug)]
+pub struct StagedFile<'p> {
+    file: NamedTempFile,
+    path: &'p Path,
+}
+
+impl StagedFile<'_> {
+    /// Renames the outputs to their own name.
+    pub fn commit(self) -> anyhow::Result<()> {
+        self.file.persist(self.path).with_context(|| format!("cannot write {}", self.path.display()))?;
         Ok(())
     }
 }
