@@ -1,8 +1,8 @@
 //! What can be wrong with a call or with the weights: the source of every error of this backend.
 
-use fused_moe_core::{DType, Error, GlobalExpertId, Stage, TensorView, ViewError};
+use fused_moe_core::{Error, Stage, ViewError};
 use grouped_gemm::GemmError;
-use quant::QuantError;
+use grouped_gemm::experts::ExpertsError;
 
 use crate::NAME;
 
@@ -12,26 +12,6 @@ use crate::NAME;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum AiterError {
-    /// A weight tensor, or its scale, that is not what the configuration asks for.
-    #[error("{tensor} of expert {} needs {wanted}, found {found}", expert.0)]
-    Weight {
-        /// The expert.
-        expert: GlobalExpertId,
-        /// `gate`, `up` or `down`, or one of these and `scale`.
-        tensor: &'static str,
-        /// What the configuration asks for.
-        wanted: String,
-        /// What was given.
-        found: String,
-    },
-    /// Packed weights that were made for another configuration.
-    #[error("the weights were packed for {found}, this kernel runs {wanted}")]
-    WeightsOf {
-        /// What the kernel was built for.
-        wanted: String,
-        /// What the weights were packed for.
-        found: String,
-    },
     /// A plan that this backend did not negotiate.
     #[error("the plan {what} {found}, needs {wanted}")]
     Plan {
@@ -45,16 +25,6 @@ pub enum AiterError {
     /// A configuration that the backend refuses.
     #[error("the configuration is not supported: {0}")]
     Refused(String),
-    /// A tensor of a call that does not fit.
-    #[error("{tensor} is {found}, needs {wanted}")]
-    Tensor {
-        /// Which tensor.
-        tensor: &'static str,
-        /// What the kernel reads or writes.
-        wanted: String,
-        /// What was lent.
-        found: String,
-    },
     /// More rows than the kernel was built for, or than token ids can number.
     #[error("{rows} rows were received, at most {max} are possible")]
     TooManyRows {
@@ -99,31 +69,19 @@ pub enum AiterError {
         /// Entries that there are.
         found: usize,
     },
+    /// Weights or a lent tensor that do not fit.
+    #[error(transparent)]
+    Experts(#[from] ExpertsError),
     /// A lent tensor cannot be read or written, or the workspace is too small.
     #[error(transparent)]
     View(#[from] ViewError),
-    /// Activations cannot be quantised.
-    #[error(transparent)]
-    Quant(#[from] QuantError),
-    /// Weights cannot be packed or multiplied.
+    /// Rows cannot be multiplied.
     #[error(transparent)]
     Gemm(#[from] GemmError),
-}
-
-impl AiterError {
-    /// A tensor of a call that is not `[rows, columns]` of `dtype`.
-    pub(crate) fn tensor(tensor: &'static str, view: &TensorView<'_>, wanted: String) -> Self {
-        AiterError::Tensor { tensor, wanted, found: shape(view.dims(), view.dtype()) }
-    }
 }
 
 impl From<AiterError> for Error {
     fn from(error: AiterError) -> Self {
         Error::contract(Stage::Experts, NAME, error)
     }
-}
-
-/// Dimensions and element type as they are printed.
-pub(crate) fn shape(dims: &[usize], dtype: DType) -> String {
-    format!("{dims:?} of {dtype}")
 }

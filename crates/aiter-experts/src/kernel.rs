@@ -4,16 +4,17 @@ use fused_moe_core::{
     Arrived, Dispatched, ExecCx, ExpertMask, ExpertWeights, ExpertsCaps, ExpertsModular, MoeConfig, Plan,
     Rank, Result, RouterWeight, TensorViewMut, WireFormat,
 };
+use grouped_gemm::experts::ExpertsError;
+use grouped_gemm::experts::{
+    CodeSizes, Codes, Gemms, PackedExperts, PackedGemms, Pitched, PitchedMut, Scheme, WeightLayout,
+};
 use grouped_gemm::{Activations, Bf16Rows, Epilogue, Executor, F32Rows, Group, GroupedGemm, PackedWeight};
 use half::bf16;
 
 use crate::moe_sorting::{MAX_TOKENS, MoeSorting, SortedTokens};
-use crate::quantize::Codes;
 use crate::reduce::sum_slots;
-use crate::rows::{Pitched, PitchedMut};
-use crate::scheme::{Scheme, Supported, caps};
-use crate::weights::{AiterWeights, Gemms, Packed, WeightLayout};
-use crate::workspace::{CodeSizes, Sizes};
+use crate::scheme::{Supported, caps};
+use crate::workspace::Sizes;
 use crate::{AiterError, NAME};
 
 /// Entries per block of the sorted order. The host's GEMM takes groups of any size, so nothing is padded.
@@ -72,12 +73,7 @@ impl AiterKernel {
         let supported = Supported::of(config)?;
         let caps = caps(config);
         check_plan(plan, &caps)?;
-        let layout = WeightLayout {
-            scheme: supported.scheme,
-            experts: config.placement.num_local_experts(rank),
-            hidden: config.hidden,
-            intermediate: config.intermediate,
-        };
+        let layout = WeightLayout::new(supported.scheme, config, rank);
         let sorting = MoeSorting::new(&ExpertMask::new(&config.placement, rank), config.top_k, BLOCK_M)?;
         let sizes = sizes(config, plan, &executor)?;
         let (wire, isa) = (plan.wire(), executor.isa());
@@ -92,10 +88,11 @@ impl AiterKernel {
         input: &Dispatched<'_>,
         out: TensorViewMut<'_>,
     ) -> Result<(), AiterError> {
-        let packed = self.packed(weights)?;
+        let gemms = PackedExperts::of(weights, NAME, &self.layout)?;
         let Arrived::Standard { topk, rows } = input.arrived else {
             let (tensor, wanted) = ("the received batch", "[rows, hidden] with top-k".into());
-            return Err(AiterError::Tensor { tensor, wanted, found: "one batch per expert".into() });
+            let found = "one batch per expert".into();
+            return Err(ExpertsError::Tensor { tensor, wanted, found }.into());
         };
         let (rows, hidden) = (rows.on_host()?, self.layout.hidden);
         if rows > self.sizes.rows {
@@ -117,23 +114,13 @@ impl AiterKernel {
             scratch: pieces.gemm_scratch,
         };
         if !work.groups.is_empty() {
-            match packed {
-                Packed::Bf16(gemms) => self.multiply(gemms, x, work, between, pieces.products)?,
-                Packed::Fp8(gemms) => self.multiply(gemms, x, work, between, pieces.products)?,
+            match gemms {
+                PackedGemms::Bf16(gemms) => self.multiply(gemms, x, work, between, pieces.products)?,
+                PackedGemms::Fp8(gemms) => self.multiply(gemms, x, work, between, pieces.products)?,
             }
         }
         sum_slots(&sorted, Pitched::dense(pieces.products, hidden), out);
         Ok(())
-    }
-
-    /// The weights, if they were packed for this kernel.
-    fn packed<'w>(&self, weights: &'w ExpertWeights) -> Result<&'w Packed, AiterError> {
-        let refused = |found| AiterError::WeightsOf { wanted: self.layout.to_string(), found };
-        match weights.packed::<AiterWeights>() {
-            Some(weights) if weights.layout == self.layout => Ok(&weights.packed),
-            Some(weights) => Err(refused(weights.layout.to_string())),
-            None => Err(refused(format!("backend {}", weights.backend()))),
-        }
     }
 
     /// The received rows as gemm1 reads them.
@@ -142,17 +129,17 @@ impl AiterKernel {
         input: &Dispatched<'a>,
         rows: usize,
         codes: Codes<'a>,
-    ) -> Result<Activations<'a>, AiterError> {
+    ) -> Result<Activations<'a>, ExpertsError> {
         const HIDDEN: &str = "the received tensor";
         const SCALES: &str = "the received scale tensor";
         let columns = self.layout.hidden;
         if input.hidden.dtype() != self.wire.payload {
-            return Err(AiterError::tensor(HIDDEN, &input.hidden, self.wire.payload.to_string()));
+            return Err(ExpertsError::tensor(HIDDEN, &input.hidden, self.wire.payload.to_string()));
         }
         if input.scale.is_some() != self.wire.scale.is_some() {
             let [wanted, found] = [self.wire.scale.is_some(), input.scale.is_some()]
                 .map(|is_there| if is_there { "there" } else { "absent" }.to_string());
-            return Err(AiterError::Tensor { tensor: SCALES, wanted, found });
+            return Err(ExpertsError::Tensor { tensor: SCALES, wanted, found });
         }
         match (self.layout.scheme, input.scale) {
             (Scheme::Fp8(fp8), Some(scales)) => {
@@ -164,7 +151,7 @@ impl AiterKernel {
                 let hidden = Pitched::new(HIDDEN, input.hidden, [rows, columns])?;
                 match scheme {
                     Scheme::Bf16 => Ok(Activations::Bf16(hidden.for_gemm())),
-                    Scheme::Fp8(fp8) => fp8.quantize(hidden, codes),
+                    Scheme::Fp8(fp8) => Ok(fp8.quantize(hidden, codes)?),
                 }
             }
         }

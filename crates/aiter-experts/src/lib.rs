@@ -75,13 +75,9 @@
 mod error;
 mod scheme;
 
-mod weights;
-
 mod kernel;
 mod moe_sorting;
-mod quantize;
 mod reduce;
-mod rows;
 mod workspace;
 
 mod provider;

@@ -4,6 +4,7 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 
 use fused_moe_core::{ExpertMap, ExpertMask, LocalExpertId, NO_EXPERT, TopK};
+use grouped_gemm::experts::ExpertsError;
 
 use crate::AiterError;
 
@@ -205,7 +206,7 @@ impl MoeSorting {
     ///
     /// # Errors
     /// [`AiterError::ExpertId`], [`AiterError::DuplicateExpertId`] (of a local expert), [`AiterError::SortBuffer`],
-    /// [`AiterError::TooManyRows`], [`AiterError::Tensor`] and [`AiterError::View`] for a misfit tensor.
+    /// [`AiterError::TooManyRows`], [`AiterError::Experts`] and [`AiterError::View`] for a misfit tensor.
     pub fn sort<'a>(
         &self,
         topk: TopK<'_>,
@@ -218,7 +219,7 @@ impl MoeSorting {
         for (tensor, view) in [("top-k ids", topk.ids), ("top-k weights", topk.weights)] {
             if !matches!(view.dims(), &[rows, columns] if rows >= num_tokens && columns == self.top_k) {
                 let wanted = format!("[{num_tokens} or more, {}]", self.top_k);
-                return Err(AiterError::tensor(tensor, &view, wanted));
+                return Err(ExpertsError::tensor(tensor, &view, wanted).into());
             }
         }
         let SortBuffers { token_ids, weights, expert_ids, positions, cursors } = buffers;

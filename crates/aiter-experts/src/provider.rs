@@ -5,11 +5,11 @@ use fused_moe_core::{
     Support, check_expert_count,
 };
 use grouped_gemm::Executor;
+use grouped_gemm::experts::PackedExperts;
 
-use crate::NAME;
 use crate::kernel::{AiterKernel, sizes};
 use crate::scheme::{Supported, caps};
-use crate::weights::AiterWeights;
+use crate::{AiterError, NAME};
 
 /// Makes host experts with AITER's contract, named `aiter`.
 ///
@@ -62,8 +62,8 @@ impl ExpertsProvider for AiterExperts {
 
     fn pack(&self, config: &MoeConfig, rank: Rank, experts: &[ExpertMatrices<'_>]) -> Result<ExpertWeights> {
         check_expert_count(NAME, config, rank, experts)?;
-        let weights = AiterWeights::pack(config, rank, experts)?;
-        let bytes = weights.bytes();
-        Ok(ExpertWeights::new(NAME, weights, bytes))
+        let scheme = Supported::of(config)?.scheme;
+        let packed = PackedExperts::pack(scheme, config, rank, experts).map_err(AiterError::from)?;
+        Ok(packed.into_weights(NAME))
     }
 }

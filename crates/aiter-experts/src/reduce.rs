@@ -1,11 +1,10 @@
 //! The sum over the local experts of a row.
 
+use grouped_gemm::experts::{Pitched, PitchedMut, rows_per_task};
 use half::bf16;
 use rayon::prelude::*;
 
 use crate::moe_sorting::SortedTokens;
-use crate::quantize::rows_per_task;
-use crate::rows::{Pitched, PitchedMut};
 
 /// Columns that are summed at once, in registers and L1.
 const COLUMNS: usize = 256;

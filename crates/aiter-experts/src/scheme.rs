@@ -1,64 +1,11 @@
 //! Which configurations this backend runs, and how it runs their quantisation scheme.
 
-use fused_moe_core::{
-    Activation, Axis, DType, DeviceKind, ExpertsCaps, Fp8Format, MoeConfig, QuantScheme, Unsupported,
-    WireFormat,
-};
-use grouped_gemm::{Epilogue, Fp8Kind};
+use fused_moe_core::{Axis, DType, DeviceKind, ExpertsCaps, MoeConfig, Unsupported, WireFormat};
+use grouped_gemm::Epilogue;
+use grouped_gemm::experts::{Scheme, epilogue};
 
 use crate::moe_sorting::{MAX_TOKENS, MAX_TOP_K};
 use crate::{AiterError, NAME};
-
-/// What the two GEMMs multiply.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum Scheme {
-    /// bf16 by bf16.
-    Bf16,
-    /// FP8 codes by FP8 codes, activations quantised before each GEMM.
-    Fp8(Fp8Scheme),
-}
-
-/// FP8 weights and activations that are quantised to match.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Fp8Scheme {
-    /// Codes and the magnitude that the largest activation is mapped to.
-    pub(crate) format: Fp8Format,
-    /// The same codes as the GEMM names them.
-    pub(crate) kind: Fp8Kind,
-    /// What a scale belongs to.
-    pub(crate) scaling: Scaling,
-}
-
-/// What a scale of an FP8 scheme belongs to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Scaling {
-    /// Weights: the matrix. Activations: all rows of a call on this rank.
-    Tensor,
-    /// Weights: an output channel. Activations: a row (PTPC).
-    Token,
-    /// Weights: a block of 128x128. Activations: a group of 1x128.
-    Block,
-}
-
-impl Scaling {
-    /// Scales of `rows` activation rows of `columns` elements, when each row has its own.
-    pub(crate) fn scales_per_row(self, columns: usize) -> usize {
-        match self {
-            Scaling::Tensor | Scaling::Token => 1,
-            Scaling::Block => columns.div_ceil(fused_moe_core::BLOCK),
-        }
-    }
-}
-
-impl std::fmt::Display for Scaling {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Scaling::Tensor => "tensor",
-            Scaling::Token => "output channel",
-            Scaling::Block => "128x128 block",
-        })
-    }
-}
 
 /// A configuration that this backend runs.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -89,7 +36,7 @@ impl Supported {
         if epilogue.is_none() {
             no(Axis::Activation, "silu", config.activation.name().into());
         }
-        let scheme = scheme(config.quant);
+        let scheme = Scheme::of(config.quant);
         if scheme.is_none() {
             let wanted = "none, fp8-block, fp8-ptpc or dynamic fp8-per-tensor in e4m3fn or e4m3fnuz";
             no(Axis::Quant, wanted, config.quant.to_string());
@@ -121,27 +68,4 @@ pub(crate) fn caps(config: &MoeConfig) -> ExpertsCaps {
         accepts.push(unquantized);
     }
     ExpertsCaps::host(NAME, accepts)
-}
-
-fn epilogue(activation: Activation) -> Option<Epilogue> {
-    match activation {
-        Activation::Silu => Some(Epilogue::GateUp(grouped_gemm::Activation::Silu)),
-        _ => None,
-    }
-}
-
-fn scheme(quant: QuantScheme) -> Option<Scheme> {
-    let (format, scaling) = match quant {
-        QuantScheme::Unquantized => return Some(Scheme::Bf16),
-        QuantScheme::Fp8Block(format) => (format, Scaling::Block),
-        QuantScheme::Fp8Ptpc(format) => (format, Scaling::Token),
-        QuantScheme::Fp8PerTensor(format) => (format, Scaling::Tensor),
-        _ => return None,
-    };
-    let kind = match format.dtype() {
-        DType::Fp8E4M3Fn => Fp8Kind::E4M3Fn,
-        DType::Fp8E4M3Fnuz => Fp8Kind::E4M3Fnuz,
-        _ => return None,
-    };
-    Some(Scheme::Fp8(Fp8Scheme { format, kind, scaling }))
 }

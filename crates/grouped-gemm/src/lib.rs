@@ -31,8 +31,10 @@
 //! # Ok::<(), GemmError>(())
 //! ```
 //!
-//! What it does not do: sort tokens by expert, quantise, add up the experts of a token, or read the
-//! environment. Only bf16 and fp8 operands exist so far, for AVX-512 with BF16 and for everything else.
+//! [`experts`] has what every host experts backend does alike around the two GEMMs: packing a rank's
+//! experts for a scheme of the configuration, and quantising activations.
+//!
+//! What it does not do: sort tokens by expert, add up the experts of a token, or read the environment. Only bf16 and fp8 operands exist so far, for AVX-512 with BF16 and for everything else.
 
 mod activations;
 mod aligned;
@@ -41,6 +43,7 @@ mod avx512;
 mod driver;
 mod epilogue;
 mod error;
+pub mod experts;
 mod fp8;
 mod gemm;
 mod isa;

@@ -30,7 +30,7 @@ const ALLOWED: &[(&str, &[&[&str]])] = &[
     (CORE, &[]),
     ("fused-moe-router", &[&[CORE]]),
     ("fused-moe-quant", &[&[CORE]]),
-    ("grouped-gemm", &[&[CORE]]),
+    ("grouped-gemm", &[&[CORE, "fused-moe-quant"]]),
     ("moe-kernels", &[&[CORE, "device-runtime"]]),
     ("ep-transport", &[&[CORE]]),
     ("device-runtime", &[&[CORE]]),

@@ -3,31 +3,43 @@
 use std::borrow::Cow;
 
 use fused_moe_core::{
-    BLOCK, DType, Element, ExpertMatrices, GlobalExpertId, MoeConfig, Rank, TensorView, WeightMatrix,
-    WeightScale as LentScale,
+    BLOCK, DType, Element, ExpertMatrices, ExpertWeights, GlobalExpertId, MoeConfig, Rank, TensorView,
+    WeightMatrix, WeightScale as LentScale,
 };
-use grouped_gemm::{Fp8Weight, PackedBf16, PackedFp8, PackedWeight, Weight, WeightScale};
 use half::bf16;
 use rayon::prelude::*;
 
-use crate::AiterError;
-use crate::error::shape;
-use crate::scheme::{Fp8Scheme, Scaling, Scheme, Supported};
+use super::error::{ExpertsError, shape};
+use super::scheme::{Fp8Scheme, Scaling, Scheme};
+use crate::{Fp8Weight, PackedBf16, PackedFp8, PackedWeight, Weight, WeightScale};
 
 /// The packed experts of one layer on one rank, in local order.
-pub(crate) struct AiterWeights {
+#[derive(Debug)]
+pub struct PackedExperts {
     /// What they were packed for.
-    pub(crate) layout: WeightLayout,
-    pub(crate) packed: Packed,
+    layout: WeightLayout,
+    gemms: PackedGemms,
 }
 
-/// Everything in which the weights of two kernels can differ.
+/// Everything in which the weights of two kernels of a backend can differ.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct WeightLayout {
-    pub(crate) scheme: Scheme,
-    pub(crate) experts: usize,
-    pub(crate) hidden: usize,
-    pub(crate) intermediate: usize,
+pub struct WeightLayout {
+    /// What the GEMMs multiply.
+    pub scheme: Scheme,
+    /// Experts on the rank.
+    pub experts: usize,
+    /// Columns of gate and up, rows of down.
+    pub hidden: usize,
+    /// Rows of gate and up, columns of down.
+    pub intermediate: usize,
+}
+
+impl WeightLayout {
+    /// The layout on `rank` under a configuration of `scheme`.
+    pub fn new(scheme: Scheme, config: &MoeConfig, rank: Rank) -> Self {
+        let (hidden, intermediate) = (config.hidden, config.intermediate);
+        Self { scheme, experts: config.placement.num_local_experts(rank), hidden, intermediate }
+    }
 }
 
 impl std::fmt::Display for WeightLayout {
@@ -42,17 +54,21 @@ impl std::fmt::Display for WeightLayout {
 }
 
 /// gemm1 and gemm2 of all experts. FP8 weights stay one byte each.
-pub(crate) enum Packed {
+#[derive(Debug)]
+pub enum PackedGemms {
+    /// Of unquantized weights.
     Bf16(Gemms<PackedBf16>),
+    /// Of FP8 weights.
     Fp8(Gemms<PackedFp8>),
 }
 
 /// The two weights of each expert.
-pub(crate) struct Gemms<W> {
+#[derive(Debug)]
+pub struct Gemms<W> {
     /// Gate and up, interleaved: `[2 · intermediate, hidden]`.
-    pub(crate) w13: Vec<W>,
+    pub w13: Vec<W>,
     /// `[hidden, intermediate]`.
-    pub(crate) w2: Vec<W>,
+    pub w2: Vec<W>,
 }
 
 impl<W: PackedWeight> Gemms<W> {
@@ -61,37 +77,57 @@ impl<W: PackedWeight> Gemms<W> {
     }
 }
 
-impl AiterWeights {
-    /// Checks and packs `experts`, the experts of `rank` in local order.
-    pub(crate) fn pack(
+impl PackedExperts {
+    /// Checks and packs `experts`, the experts of `rank` in local order, for a configuration of `scheme`.
+    ///
+    /// # Errors
+    /// [`ExpertsError::Weight`] with the expert, the tensor, and what is wrong with it.
+    pub fn pack(
+        scheme: Scheme,
         config: &MoeConfig,
         rank: Rank,
         experts: &[ExpertMatrices<'_>],
-    ) -> Result<Self, AiterError> {
-        let scheme = Supported::of(config)?.scheme;
-        let (hidden, intermediate) = (config.hidden, config.intermediate);
-        let layout = WeightLayout { scheme, experts: experts.len(), hidden, intermediate };
+    ) -> Result<Self, ExpertsError> {
+        let layout = WeightLayout { experts: experts.len(), ..WeightLayout::new(scheme, config, rank) };
         let named: Vec<_> = config.placement.experts_of(rank).zip(experts).collect();
         let named = named.par_iter().map(|&(expert, matrices)| Checked::new(&layout, expert, matrices));
-        let packed = match scheme {
-            Scheme::Bf16 => Packed::Bf16(gemms(named.map(|expert| expert?.bf16()))?),
-            Scheme::Fp8(fp8) => Packed::Fp8(gemms(named.map(|expert| expert?.fp8(fp8)))?),
+        let gemms = match scheme {
+            Scheme::Bf16 => PackedGemms::Bf16(gemms(named.map(|expert| expert?.bf16()))?),
+            Scheme::Fp8(fp8) => PackedGemms::Fp8(gemms(named.map(|expert| expert?.fp8(fp8)))?),
         };
-        Ok(Self { layout, packed })
+        Ok(Self { layout, gemms })
     }
 
-    /// Memory that they occupy.
-    pub(crate) fn bytes(&self) -> usize {
-        match &self.packed {
-            Packed::Bf16(gemms) => gemms.bytes(),
-            Packed::Fp8(gemms) => gemms.bytes(),
+    /// As the weights of `backend`, which [`PackedExperts::of`] takes apart again.
+    pub fn into_weights(self, backend: &'static str) -> ExpertWeights {
+        let bytes = match &self.gemms {
+            PackedGemms::Bf16(gemms) => gemms.bytes(),
+            PackedGemms::Fp8(gemms) => gemms.bytes(),
+        };
+        ExpertWeights::new(backend, self, bytes)
+    }
+
+    /// The GEMMs of `weights`, if `backend` packed them for `wanted`.
+    ///
+    /// # Errors
+    /// [`ExpertsError::WeightsOf`].
+    pub fn of<'w>(
+        weights: &'w ExpertWeights,
+        backend: &str,
+        wanted: &WeightLayout,
+    ) -> Result<&'w PackedGemms, ExpertsError> {
+        let refused = |found| ExpertsError::WeightsOf { wanted: wanted.to_string(), found };
+        match weights.packed::<Self>().filter(|_| weights.backend() == backend) {
+            Some(packed) if packed.layout == *wanted => Ok(&packed.gemms),
+            Some(packed) => Err(refused(packed.layout.to_string())),
+            None => Err(refused(format!("backend {}", weights.backend()))),
         }
     }
 }
 
 fn gemms<W: Send>(
-    experts: impl ParallelIterator<Item = Result<(W, W), AiterError>>,
-) -> Result<Gemms<W>, AiterError> {
+    experts: impl ParallelIterator<Item = Result<(W, W), ExpertsError>>,
+) -> Result<Gemms<W>, ExpertsError> {
     let pairs: Vec<(W, W)> = experts.collect::<Result<_, _>>()?;
     let (w13, w2) = pairs.into_iter().unzip();
     Ok(Gemms { w13, w2 })
@@ -118,7 +154,7 @@ impl<'a> Checked<'a> {
         layout: &WeightLayout,
         expert: GlobalExpertId,
         lent: &ExpertMatrices<'a>,
-    ) -> Result<Self, AiterError> {
+    ) -> Result<Self, ExpertsError> {
         let &WeightLayout { scheme, hidden, intermediate, .. } = layout;
         let gate = Named { name: "gate", scale_name: "gate scale", matrix: lent.gate };
         let up = Named { name: "up", scale_name: "up scale", matrix: lent.up };
@@ -131,14 +167,14 @@ impl<'a> Checked<'a> {
         Ok(Self { expert, gate, up, down })
     }
 
-    fn bf16(&self) -> Result<(PackedBf16, PackedBf16), AiterError> {
+    fn bf16(&self) -> Result<(PackedBf16, PackedBf16), ExpertsError> {
         let values = |named: Named<'a>| named.bf16();
         let (gate, up, down) = (values(self.gate)?, values(self.up)?, values(self.down)?);
         let w13 = PackedBf16::pack_gate_up(self.gate.weight(&gate), self.up.weight(&up))?;
         Ok((w13, PackedBf16::pack(self.down.weight(&down))?))
     }
 
-    fn fp8(&self, fp8: Fp8Scheme) -> Result<(PackedFp8, PackedFp8), AiterError> {
+    fn fp8(&self, fp8: Fp8Scheme) -> Result<(PackedFp8, PackedFp8), ExpertsError> {
         let codes = |named: Named<'a>| dense::<u8>(named.matrix.values);
         let scale = |named: Named<'a>| named.scale(fp8.scaling).map_err(|wrong| wrong.of(self.expert));
         let (gate, up, down) = (codes(self.gate)?, codes(self.up)?, codes(self.down)?);
@@ -159,9 +195,9 @@ struct Wrong {
 }
 
 impl Wrong {
-    fn of(self, expert: GlobalExpertId) -> AiterError {
+    fn of(self, expert: GlobalExpertId) -> ExpertsError {
         let Wrong { tensor, wanted, found } = self;
-        AiterError::Weight { expert, tensor, wanted, found }
+        ExpertsError::Weight { expert, tensor, wanted, found }
     }
 }
 
@@ -190,7 +226,7 @@ impl<'a> Named<'a> {
     }
 
     /// The values, rounded to bf16 where they are f32.
-    fn bf16(&self) -> Result<Cow<'a, [bf16]>, AiterError> {
+    fn bf16(&self) -> Result<Cow<'a, [bf16]>, ExpertsError> {
         match self.matrix.values.dtype() {
             DType::F32 => {
                 let values = dense::<f32>(self.matrix.values)?;
@@ -250,7 +286,7 @@ fn describe(scale: &LentScale<'_>) -> String {
 }
 
 /// All elements of a host tensor in row-major order, copied only where its rows have gaps.
-fn dense<T: Element>(view: TensorView<'_>) -> Result<Cow<'_, [T]>, AiterError> {
+fn dense<T: Element>(view: TensorView<'_>) -> Result<Cow<'_, [T]>, ExpertsError> {
     if view.layout().is_contiguous() || view.dims().len() != 2 {
         return Ok(Cow::Borrowed(view.as_slice()?));
     }

@@ -1,26 +1,34 @@
 //! Lent matrices as rows at a pitch, which is how the GEMM and the threads of a call take them.
 
 use fused_moe_core::{DeviceKind, Element, TensorView, TensorViewMut};
-use grouped_gemm::Rows;
 
-use crate::AiterError;
+use super::error::ExpertsError;
+use crate::Rows;
 
 /// The first rows of a lent host matrix. Rows are contiguous and may have gaps between them.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Pitched<'a, T> {
-    pub(crate) values: &'a [T],
-    pub(crate) pitch: usize,
-    pub(crate) columns: usize,
-    pub(crate) rows: usize,
+pub struct Pitched<'a, T> {
+    /// The elements; row `i` starts at `i * pitch`, and behind the last row there are none.
+    pub values: &'a [T],
+    /// Elements from one row to the next.
+    pub pitch: usize,
+    /// Elements of a row.
+    pub columns: usize,
+    /// Number of rows.
+    pub rows: usize,
 }
 
 impl<'a, T: Element> Pitched<'a, T> {
     /// The first `rows` rows of `view`, which must have `columns` columns. Rows behind are not read.
-    pub(crate) fn new(
+    /// Errors name the view as `tensor`.
+    ///
+    /// # Errors
+    /// [`ExpertsError::Tensor`].
+    pub fn new(
         tensor: &'static str,
         view: TensorView<'a>,
         [rows, columns]: [usize; 2],
-    ) -> Result<Self, AiterError> {
+    ) -> Result<Self, ExpertsError> {
         let pitch = check::<T>(tensor, &view, [rows, columns])?;
         if rows == 0 {
             return Ok(Self { values: &[], pitch, columns, rows });
@@ -34,34 +42,42 @@ impl<'a, T: Element> Pitched<'a, T> {
     }
 
     /// Rows without gaps.
-    pub(crate) fn dense(values: &'a [T], columns: usize) -> Self {
+    pub fn dense(values: &'a [T], columns: usize) -> Self {
         Self { values, pitch: columns, columns, rows: values.len() / columns }
     }
 
-    pub(crate) fn row(&self, row: usize) -> &'a [T] {
+    /// Row `row`.
+    pub fn row(&self, row: usize) -> &'a [T] {
         &self.values[row * self.pitch..][..self.columns]
     }
 
-    pub(crate) fn for_gemm(self) -> Rows<'a, T> {
+    /// The same rows as a GEMM takes them.
+    pub fn for_gemm(self) -> Rows<'a, T> {
         Rows { values: self.values, pitch: self.pitch }
     }
 }
 
 /// The first rows of a lent host matrix, to be written.
 #[derive(Debug)]
-pub(crate) struct PitchedMut<'a, T> {
-    pub(crate) values: &'a mut [T],
-    pub(crate) pitch: usize,
-    pub(crate) columns: usize,
+pub struct PitchedMut<'a, T> {
+    /// As in [`Pitched`].
+    pub values: &'a mut [T],
+    /// Elements from one row to the next.
+    pub pitch: usize,
+    /// Elements of a row.
+    pub columns: usize,
 }
 
 impl<'a, T: Element> PitchedMut<'a, T> {
     /// As [`Pitched::new`].
-    pub(crate) fn new(
+    ///
+    /// # Errors
+    /// As [`Pitched::new`].
+    pub fn new(
         tensor: &'static str,
         view: TensorViewMut<'a>,
         [rows, columns]: [usize; 2],
-    ) -> Result<Self, AiterError> {
+    ) -> Result<Self, ExpertsError> {
         let pitch = check::<T>(tensor, &view.as_view(), [rows, columns])?;
         if rows == 0 {
             return Ok(Self { values: &mut [], pitch, columns });
@@ -80,7 +96,7 @@ fn check<T: Element>(
     tensor: &'static str,
     view: &TensorView<'_>,
     [rows, columns]: [usize; 2],
-) -> Result<usize, AiterError> {
+) -> Result<usize, ExpertsError> {
     let strides = view.layout().strides();
     let fits = matches!(view.dims(), &[r, c] if r >= rows && c == columns)
         && T::holds(view.dtype())
@@ -90,7 +106,7 @@ fn check<T: Element>(
     if !fits {
         let element = std::any::type_name::<T>();
         let wanted = format!("[{rows} or more, {columns}] of {element} in separate rows on the host");
-        return Err(AiterError::tensor(tensor, view, wanted));
+        return Err(ExpertsError::tensor(tensor, view, wanted));
     }
     Ok(if rows <= 1 { columns } else { strides[0] })
 }

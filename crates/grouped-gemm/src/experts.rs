@@ -1,0 +1,28 @@
+//! What every host experts backend does alike: resolve a scheme, pack a rank's experts, quantise activations.
+//!
+//! How rows reach their experts and what becomes of the products differs between backends and is not here.
+//!
+//! ```
+//! use fused_moe_core::{Fp8Format, QuantScheme};
+//! use grouped_gemm::experts::{Scaling, Scheme};
+//!
+//! let Some(Scheme::Fp8(fp8)) = Scheme::of(QuantScheme::Fp8Block(Fp8Format::E4M3Fn)) else { unreachable!() };
+//! assert_eq!(fp8.scaling, Scaling::Block);
+//! assert_eq!(fp8.scaling.scales_per_row(257), 3);
+//! ```
+
+mod error;
+mod quantize;
+mod rows;
+mod scheme;
+mod scratch;
+mod weights;
+
+pub use error::ExpertsError;
+pub use scheme::{Fp8Scheme, Scaling, Scheme, epilogue};
+
+pub use weights::{Gemms, PackedExperts, PackedGemms, WeightLayout};
+
+pub use quantize::{Codes, rows_per_task};
+pub use rows::{Pitched, PitchedMut};
+pub use scratch::{CodeSizes, GroupSlots, Word, words};

@@ -1,0 +1,63 @@
+//! What can be wrong with the weights or the tensors of a call.
+
+use fused_moe_core::{DType, GlobalExpertId, TensorView, ViewError};
+use quant::QuantError;
+
+use crate::GemmError;
+
+/// Why weights are not packed or a lent tensor cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ExpertsError {
+    /// A weight tensor, or its scale, that is not what the configuration asks for.
+    #[error("{tensor} of expert {} needs {wanted}, found {found}", expert.0)]
+    Weight {
+        /// The expert.
+        expert: GlobalExpertId,
+        /// `gate`, `up` or `down`, or one of these and `scale`.
+        tensor: &'static str,
+        /// What the configuration asks for.
+        wanted: String,
+        /// What was given.
+        found: String,
+    },
+    /// Packed weights that were made for another configuration or backend.
+    #[error("the weights were packed for {found}, this kernel runs {wanted}")]
+    WeightsOf {
+        /// What the kernel was built for.
+        wanted: String,
+        /// What the weights were packed for.
+        found: String,
+    },
+    /// A tensor of a call that does not fit.
+    #[error("{tensor} is {found}, needs {wanted}")]
+    Tensor {
+        /// Which tensor.
+        tensor: &'static str,
+        /// What the kernel reads or writes.
+        wanted: String,
+        /// What was lent.
+        found: String,
+    },
+    /// A lent tensor cannot be read or written, or the workspace is too small.
+    #[error(transparent)]
+    View(#[from] ViewError),
+    /// Activations cannot be quantised.
+    #[error(transparent)]
+    Quant(#[from] QuantError),
+    /// Weights cannot be packed or multiplied.
+    #[error(transparent)]
+    Gemm(#[from] GemmError),
+}
+
+impl ExpertsError {
+    /// A tensor of a call that is not what was `wanted`.
+    pub fn tensor(tensor: &'static str, view: &TensorView<'_>, wanted: String) -> Self {
+        ExpertsError::Tensor { tensor, wanted, found: shape(view.dims(), view.dtype()) }
+    }
+}
+
+/// Dimensions and element type as they are printed.
+pub(crate) fn shape(dims: &[usize], dtype: DType) -> String {
+    format!("{dims:?} of {dtype}")
+}

@@ -1,0 +1,120 @@
+//! Activations in the form that the GEMMs read: as they arrived, or quantised here.
+
+use fused_moe_core::{BLOCK, Granularity};
+use half::bf16;
+use quant::{QuantError, RowQuantizer, scale_for_amax};
+use rayon::prelude::*;
+
+use super::error::ExpertsError;
+use super::rows::Pitched;
+use super::scheme::{Fp8Scheme, Scaling};
+use crate::{ActivationScale, Activations, Rows};
+
+/// Elements that are worth a task of their own.
+const TASK_ELEMENTS: usize = 16 << 10;
+
+/// Lent room for codes without gaps and their scales.
+#[derive(Debug)]
+pub struct Codes<'a> {
+    /// Codes, row after row.
+    pub codes: &'a mut [u8],
+    /// Scales, row after row.
+    pub scales: &'a mut [f32],
+}
+
+/// Rows that one task takes, so that it is worth a task.
+pub fn rows_per_task(columns: usize) -> usize {
+    (TASK_ELEMENTS / columns.max(1)).max(1)
+}
+
+impl Fp8Scheme {
+    /// Rows that arrived quantised by this scheme: the codes stay where they are. `kept` has room for the scales,
+    /// of which the GEMM wants those per row without gaps.
+    pub fn arrived<'a>(
+        &self,
+        codes: Pitched<'a, u8>,
+        scales: Pitched<'a, f32>,
+        kept: Codes<'a>,
+    ) -> Activations<'a> {
+        let scale = match self.scaling {
+            Scaling::Block => ActivationScale::Group128(scales.for_gemm()),
+            // A scale per tensor came once per row, because every source rank has its own.
+            Scaling::Token | Scaling::Tensor => {
+                let kept = &mut kept.scales[..scales.rows];
+                for (row, kept) in kept.iter_mut().enumerate() {
+                    *kept = scales.row(row)[0];
+                }
+                ActivationScale::PerToken(kept)
+            }
+        };
+        Activations::Fp8 { codes: codes.for_gemm(), kind: self.kind, scale }
+    }
+
+    /// Quantises all rows of `x`, in parallel. A scale per tensor is that of all rows of `x`.
+    ///
+    /// # Errors
+    /// [`ExpertsError::Quant`].
+    pub fn quantize<'a>(
+        &self,
+        x: Pitched<'_, bf16>,
+        into: Codes<'a>,
+    ) -> Result<Activations<'a>, ExpertsError> {
+        self.quantize_rows([x.rows, x.columns], |row| x.row(row), into)
+    }
+
+    /// Quantises the rows of `x` that `gather` names, in its order; otherwise as [`Fp8Scheme::quantize`]. Other
+    /// rows are not read.
+    ///
+    /// # Errors
+    /// [`ExpertsError::Quant`].
+    pub fn quantize_gathered<'a>(
+        &self,
+        x: Pitched<'_, bf16>,
+        gather: &[u32],
+        into: Codes<'a>,
+    ) -> Result<Activations<'a>, ExpertsError> {
+        self.quantize_rows([gather.len(), x.columns], |row| x.row(gather[row] as usize), into)
+    }
+
+    fn quantize_rows<'a, 'x>(
+        &self,
+        [rows, columns]: [usize; 2],
+        x: impl Fn(usize) -> &'x [bf16] + Sync,
+        into: Codes<'a>,
+    ) -> Result<Activations<'a>, ExpertsError> {
+        let quantizer = RowQuantizer::new(self.format);
+        let per_task = rows_per_task(columns);
+        let Codes { codes, scales } = into;
+        let codes = &mut codes[..rows * columns];
+        let code_rows = codes.par_chunks_mut(columns).with_min_len(per_task).enumerate();
+        let scale = match self.scaling {
+            Scaling::Tensor => {
+                let all = (0..rows).into_par_iter().with_min_len(per_task);
+                let amax = all.map(|row| quantizer.amax(x(row))).reduce(|| 0.0, f32::max);
+                let scale = scale_for_amax(self.format, amax);
+                code_rows.try_for_each(|(row, codes)| quantizer.quantize_scaled(x(row), scale, codes))?;
+                ActivationScale::PerTensor(scale)
+            }
+            Scaling::Token => {
+                let scales = &mut scales[..rows];
+                let pairs = code_rows.zip(scales.par_iter_mut());
+                pairs.try_for_each(|((row, codes), scale)| -> Result<(), QuantError> {
+                    *scale = quantizer.quantize_per_token(x(row), codes)?;
+                    Ok(())
+                })?;
+                ActivationScale::PerToken(scales)
+            }
+            Scaling::Block => {
+                let groups = columns.div_ceil(BLOCK);
+                let scales = &mut scales[..rows * groups];
+                let pairs = code_rows.zip(scales.par_chunks_mut(groups));
+                pairs.try_for_each(|((row, codes), scales)| {
+                    quantizer.quantize_per_group(x(row), Granularity::PER_1X128, codes, scales)
+                })?;
+                ActivationScale::Group128(Rows { values: scales, pitch: groups })
+            }
+        };
+        let codes = Rows { values: &*codes, pitch: columns };
+        Ok(Activations::Fp8 { codes, kind: self.kind, scale })
+    }
+}
