@@ -183,7 +183,8 @@ impl Case {
     fn affordable(mut self) -> Self {
         let pairs = self.tokens.iter().sum::<usize>() * self.top_k;
         if pairs * self.hidden * self.intermediate * 3 > MOST_WORK {
-            (self.hidden, self.intermediate) = if self.hidden.is_multiple_of(128) { (128, 32) } else { (96, 32) };
+            (self.hidden, self.intermediate) =
+                if self.hidden.is_multiple_of(128) { (128, 32) } else { (96, 32) };
         }
         self
     }

@@ -2,8 +2,8 @@
 
 use ep_transport::Endpoint;
 use fused_moe_core::{
-    Arena, Call, DType, ExecCx, FusedMoEKernel, Granularity, Logits, MakeError, Overlap, Plan, ProcessGroup,
-    Registry, Router, Selection, Stream, TensorView, TensorViewMut, TopK, TopKMut, Unsupported,
+    Arena, Call, DType, ExecCx, FusedMoEKernel, Logits, MakeError, Overlap, Plan, ProcessGroup, Registry,
+    Router, Selection, Stream, TensorView, TensorViewMut, TopK, TopKMut, Unsupported,
 };
 use half::bf16;
 use router::HostRouter;
@@ -99,14 +99,8 @@ fn agrees(
     };
     let tokens: Vec<_> = inputs.iter().map(RankInput::tokens).collect();
     let matrices = weights.matrices();
-    // Where experts quantise per tensor, what they share a scale with depends on what the comm sends them.
-    let per_tensor = case.quant.activation_granularity() == Some(Granularity::Tensor);
-    let candidates: &[InputScales] = match per_tensor && plan.wire().scale.is_none() {
-        true => &[InputScales::OfNeededRows, InputScales::OfAllRows],
-        false => &[InputScales::OfSource],
-    };
     let mut verdict = fail("no candidate");
-    for &input_scales in candidates {
+    for &input_scales in InputScales::of_plan(case.quant, plan) {
         let layer = Layer {
             shape: case.shape(),
             quant: case.quant,

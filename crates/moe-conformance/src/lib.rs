@@ -1,4 +1,39 @@
 //! Oracle and conformance suite for authors of fused-moe backends.
+//!
+//! One line per backend in one of its `tests/`, and every case is a test of its own:
+//!
+//! ```
+//! use moe_conformance::reference::{MonolithicExperts, ReferenceExperts};
+//!
+//! // A prepare/finalize provider (stages 2 and 4), experts (stage 3), and experts that route (stages 1 and 3).
+//! moe_conformance::conformance_comm!(my_comm, moe_conformance::reference::BatchedComm, floor = 18);
+//! moe_conformance::conformance_experts!(my_experts, ReferenceExperts, floor = 56);
+//! moe_conformance::conformance_monolithic!(my_monolithic, MonolithicExperts, floor = 40);
+//! ```
+//!
+//! A case ends as [`Outcome::Pass`], [`Outcome::Refused`] with reasons, or [`Outcome::Fail`]; nothing is skipped.
+//! What is refused must be refused by the factory, too, and at least `floor` cases must pass. The name of a case
+//! says what is checked, under which scheme and over how many ranks, which are threads: `rows_block_ep8`.
+//!
+//! | comm | checks |
+//! |---|---|
+//! | `rows`, `deferred`, `monolithic` | every row that a rank needs arrives once, byte for byte; combine is the exact sum; five rounds on one handle |
+//! | `faultdispatch`, `faultexperts`, `faultdropped`, `faulttwo` | a rank fails, forgets a ticket: all ranks say the same, the next round is right |
+//! | `foreignticket`, `twohandles`, `lostpeer` | tickets of another handle, two micro-batches in flight, a silent rank |
+//! | `bytes`, `traffic` | buffers are as announced for any number of layers, rows are counted where they move |
+//! | `layer` | with reference experts against the oracle |
+//!
+//! | experts | checks |
+//! |---|---|
+//! | `oracle` | every wire format they take, garbage behind the rows, poisoned memory, the same bits again |
+//! | `foreignids` | ids of other ranks, -1, one expert, no rows |
+//! | `weightbytes`, `packing` | FP8 weights stay FP8, misfits are refused |
+//! | `layer` | behind reference comms against the oracle |
+//!
+//! Inputs are random and new in every run; a failure prints the seed. [`oracle::Layer`] and [`layer::run`] serve
+//! whoever wants to compare whole layers, [`saboteurs`] show that the suite finds what it is made to find.
+//!
+//! What it does not do: it measures no speed, knows no device memory, and its [reference](mod@reference) backends are slow.
 
 #![forbid(unsafe_code)]
 
@@ -14,7 +49,20 @@ pub mod layer;
 
 pub mod reference;
 
+mod batch;
+mod comm_suite;
+mod experts_suite;
+mod macros;
+mod monolithic_suite;
+mod named;
+mod shared;
+mod suite;
+mod wire;
+
+pub mod saboteurs;
+
 pub use case::{Case, EP_SIZES, LayerWeights, RankInput, RoutingPattern, SCHEMES, TokenCounts};
 pub use metrics::{TooFar, calc_diff, compare, relative_l2, tolerance};
 pub use outcome::{Outcome, Settings};
 pub use seed::Seed;
+pub use suite::Suite;

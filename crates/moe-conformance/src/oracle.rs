@@ -9,7 +9,7 @@ mod experts;
 mod matrix;
 
 use fused_moe_core::{
-    DType, ExpertMatrices, ExpertPlacement, Granularity, QuantScheme, Rank, RouterWeight, ViewError,
+    DType, ExpertMatrices, ExpertPlacement, Granularity, Plan, QuantScheme, Rank, RouterWeight, ViewError,
 };
 use half::bf16;
 
@@ -84,6 +84,18 @@ pub enum InputScales {
     OfAllRows,
     /// Experts quantise, and a rank received the tokens that name one of its experts: those.
     OfNeededRows,
+}
+
+impl InputScales {
+    /// What may share a scale under `plan`. Where experts quantise per tensor, that depends on whether their comm
+    /// sends every token to every rank, which a plan does not say: two answers are right then.
+    pub fn of_plan(quant: QuantScheme, plan: &Plan) -> &'static [Self] {
+        let per_tensor = quant.activation_granularity() == Some(Granularity::Tensor);
+        match per_tensor && plan.wire().scale.is_none() {
+            true => &[InputScales::OfNeededRows, InputScales::OfAllRows],
+            false => &[InputScales::OfSource],
+        }
+    }
 }
 
 /// A layer over all ranks of a group.

@@ -16,6 +16,6 @@ pub use batched_experts::BatchedExperts;
 pub use comm::ReferenceComm;
 pub(crate) use comm::{CombineIds, ReferenceHandle};
 pub use experts::ReferenceExperts;
-pub(crate) use experts::{LocalTable, ReferenceKernel};
+pub(crate) use experts::{ReferenceKernel, local_table};
 pub use monolithic_experts::MonolithicExperts;
 pub(crate) use weights::{Format, PackedExperts};

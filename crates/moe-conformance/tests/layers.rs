@@ -12,11 +12,11 @@ fn registry() -> Registry {
         .with_experts(reference::MonolithicExperts)
 }
 
-/// Runs the covering cases of all schemes over all sizes of the group; returns passes and refusals.
+/// Runs the covering cases of the four OCP schemes over all sizes of the group; returns passes and refusals.
 fn run(selection: Selection<'_>) -> (usize, usize) {
     let settings = Settings::default();
     let (mut passed, mut refused) = (0, 0);
-    for (scheme, (_, quant)) in SCHEMES.into_iter().enumerate() {
+    for (scheme, (_, quant)) in SCHEMES.into_iter().take(4).enumerate() {
         for ep_size in EP_SIZES {
             for case in Case::covering_ep(quant, ep_size, settings.seed.derive(scheme as u64)) {
                 match layer::run(&registry(), &case, selection, settings) {
@@ -34,19 +34,19 @@ fn run(selection: Selection<'_>) -> (usize, usize) {
 fn modular_layers_agree_with_the_oracle() {
     let pair = Selection { comm: Some("reference_comm"), experts: Some("reference_experts") };
     let (passed, refused) = run(pair);
-    assert!(passed >= 250 && refused == 0, "{passed} passed, {refused} refused");
+    assert!(passed >= 150 && refused == 0, "{passed} passed, {refused} refused");
 }
 
 #[test]
 fn batched_layers_agree_with_the_oracle() {
     let pair = Selection { comm: Some("reference_batched_comm"), experts: Some("reference_batched_experts") };
     let (passed, refused) = run(pair);
-    assert!(passed >= 40 && refused >= 150, "{passed} passed, {refused} refused");
+    assert!(passed >= 25 && refused >= 100, "{passed} passed, {refused} refused");
 }
 
 #[test]
 fn monolithic_layers_agree_with_the_oracle() {
     let pair = Selection { comm: Some("reference_comm"), experts: Some("reference_monolithic") };
     let (passed, refused) = run(pair);
-    assert!(passed >= 200, "{passed} passed, {refused} refused");
+    assert!(passed >= 120, "{passed} passed, {refused} refused");
 }

@@ -62,7 +62,7 @@ impl Codec {
             None => below,
             Some(upper) => {
                 let (down, up) = (magnitude - self.magnitudes[below], upper - magnitude);
-                let even = if below % 2 == 0 { below } else { above };
+                let even = if below.is_multiple_of(2) { below } else { above };
                 if down < up {
                     below
                 } else if up < down {

@@ -198,6 +198,17 @@ impl ReferenceHandle {
         Ok(routed)
     }
 
+    /// The received rows of a modular round.
+    pub(crate) fn dispatched(&self) -> Dispatched<'_> {
+        let received = &self.received;
+        let topk = TopK {
+            ids: received.view(&received.ids, DType::I32, received.dims.top_k),
+            weights: received.view(&received.weights, DType::F32, received.dims.top_k),
+        };
+        let arrived = Arrived::Standard { topk, rows: received.rows() };
+        Dispatched { hidden: received.hidden(), scale: received.scale(), arrived, output: None }
+    }
+
     fn send_partial<'a>(&mut self, routed: Routed, out: ExpertOut<'a>) -> Result<Sent<'a, phase::Finalize>> {
         let sent = self.ledger.send_finalize(routed)?;
         let rows = self.received.count[0].max(0) as usize;
@@ -315,14 +326,7 @@ impl PrepareAndFinalizeModular for ReferenceHandle {
         sent: Sent<'_, phase::Prepare>,
     ) -> Result<(Dispatched<'p>, Routed)> {
         let routed = self.receive(sent)?;
-        let received = &self.received;
-        let topk = TopK {
-            ids: received.view(&received.ids, DType::I32, received.dims.top_k),
-            weights: received.view(&received.weights, DType::F32, received.dims.top_k),
-        };
-        let arrived = Arrived::Standard { topk, rows: received.rows() };
-        let (hidden, scale) = (received.hidden(), received.scale());
-        Ok((Dispatched { hidden, scale, arrived, output: None }, routed))
+        Ok((self.dispatched(), routed))
     }
 
     fn finalize_send<'a>(

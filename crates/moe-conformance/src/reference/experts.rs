@@ -41,7 +41,7 @@ pub(super) fn wires(config: &MoeConfig) -> Vec<WireFormat> {
 }
 
 /// The local experts of `rank` by global id.
-pub(super) fn local_table(config: &MoeConfig, rank: Rank) -> LocalTable {
+pub(crate) fn local_table(config: &MoeConfig, rank: Rank) -> LocalTable {
     let map = ExpertMap::new(&config.placement, rank);
     (0..config.num_experts() as i32).map(|id| map.local(id).map(|local| local.0 as usize)).collect()
 }

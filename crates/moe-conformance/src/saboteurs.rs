@@ -1,0 +1,13 @@
+//! Backends with one bug each. The suite must fail every one of them: that is the test of the tests.
+//!
+//! ```
+//! use moe_conformance::{Suite, saboteurs::BrokenComm};
+//!
+//! assert!(Suite::comm(BrokenComm::LocalOnly).outcome("rows_none_ep2").is_fail());
+//! ```
+
+mod comm;
+mod experts;
+
+pub use comm::BrokenComm;
+pub use experts::BrokenExperts;
