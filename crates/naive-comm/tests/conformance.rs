@@ -1,0 +1,8 @@
+//! The conformance suite on every backend of this crate.
+
+use moe_conformance::conformance_comm;
+use naive_comm::{AllGatherReduceScatter, Local, Naive};
+
+conformance_comm!(local, Local, floor = 20);
+conformance_comm!(allgather_reducescatter, AllGatherReduceScatter, floor = 79);
+conformance_comm!(naive, Naive, floor = 79);
