@@ -114,7 +114,9 @@ fn distinct_failure(parts: Vec<anyhow::Result<LayerRun>>) -> anyhow::Result<Vec<
             Err(error) => failures.push(error),
         }
     }
-    match failures.into_iter().max_by_key(|error| error.chain().count()) {
+    // A rank that could not route has left, and is lost to those that could: what it says comes first.
+    let explains = |error: &anyhow::Error| (is_bad_input(error), !is_peer_lost(error), error.chain().count());
+    match failures.into_iter().max_by_key(explains) {
         None => Ok(runs),
         Some(error) => Err(error),
     }
@@ -215,10 +217,14 @@ impl<'l> RankRun<'l> {
         }
         times.stages = self.kernel.stage_times();
         times.total = start.elapsed();
-        if routed.iter().any(|y| !y.is_finite()) {
-            bail!("the output is not finite");
+        let output: Vec<f32> = routed.iter().zip(&shared).map(|(r, s)| r + s).collect();
+        if let Some(at) = output.iter().position(|y| !y.is_finite()) {
+            let (token, element, value) = (part.start + at / width, at % width, output[at]);
+            bail!(
+                "the output of token {token} is {value} at element {element}: a weight is not finite, or the layer \
+                 overflows"
+            );
         }
-        let output = routed.iter().zip(&shared).map(|(r, s)| r + s).collect();
         Ok(LayerRun {
             output: LayerOutput { tokens, hidden: width, top_k, output, routed, topk_ids, topk_weights },
             times,
@@ -258,6 +264,10 @@ fn run_shared(
         out: TensorViewMut::from_slice(out, DType::F32, &[tokens, layer.config.hidden])?,
     })?;
     Ok(())
+}
+
+fn is_peer_lost(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<Error>().is_some_and(|e| matches!(e.kind, ErrorKind::PeerLost { .. }))
 }
 
 /// Whether `error` is about what the caller gave (bad tokens), not about the run.

@@ -19,8 +19,16 @@ impl Failure {
             Failure::Refused(error) => (error, 2),
             Failure::Failed(error) => (error, 1),
         };
+        // Some causes are already part of the text of the error above them.
+        let mut text = String::new();
+        for cause in error.chain().map(ToString::to_string) {
+            if !text.ends_with(&cause) {
+                text.push_str(if text.is_empty() { "" } else { ": " });
+                text.push_str(&cause);
+            }
+        }
         // Nobody is left to tell if stderr cannot be written; the exit code still counts.
-        let _ = writeln!(std::io::stderr(), "fmoe: {error:#}");
+        let _ = writeln!(std::io::stderr(), "fmoe: {text}");
         ExitCode::from(code)
     }
 }

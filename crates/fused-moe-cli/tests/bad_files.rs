@@ -4,7 +4,7 @@ mod common;
 
 use std::path::Path;
 
-use common::{Copied, Run, Tensor};
+use common::{COMMS, Copied, Run, Tensor};
 use rstest::rstest;
 use safetensors::tensor::Dtype;
 use serde_json::json;
@@ -231,7 +231,9 @@ fn files_without_permission() {
 fn no_checkpoint() {
     let empty = tempfile::tempdir().unwrap();
     for checkpoint in [empty.path(), &empty.path().join("nowhere"), Path::new("/dev/null")] {
-        let run = Run { checkpoint: checkpoint.into(), ..Run::golden(BF16, Path::new("unset")) };
+        let run = Run { checkpoint: checkpoint.into(), ..Run::golden(BF16, &empty.path().join("out")) };
+        // What the system says, once.
+        assert_eq!(run.run().stderr.matches("os error").count(), 1);
         run.refused(2, &["config.json"]);
     }
 }
@@ -278,6 +280,40 @@ fn hidden_states_that_are_not_finite(
         copy.edit_hidden(|x| *x = Tensor::f32(&whole.shape, values));
         refused(&copy, &["hidden_states", &format!("token {token}")]);
         copy.edit_hidden(|x| *x = whole);
+    }
+}
+
+/// Not looked for at load, which would read every weight once more; found in the output.
+#[rstest]
+#[case::expert(BF16, "experts.5.down_proj.weight")]
+#[case::shared_expert(BF16, "shared_experts.down_proj.weight")]
+#[case::fp8_expert(BLOCK, "experts.5.up_proj.weight")]
+#[case::fp8_shared_expert(PTPC, "shared_experts.gate_proj.weight")]
+fn weights_that_are_not_finite(#[case] case: &str, #[case] name: &str) {
+    let copy = Copied::of(case);
+    copy.edit_tensors(|tensors| {
+        let weight = tensors.get_mut(&format!("model.layers.1.mlp.{name}")).unwrap();
+        // NaN in bf16 and in e4m3fn.
+        weight.bytes.fill(0xff);
+    });
+    for comm in COMMS {
+        for ranks in [1, 8] {
+            copy.run().with(&format!("--all2all {comm} --ep-size {ranks}")).refused(1, &["token", "NaN"]);
+        }
+    }
+}
+
+/// Only the ranks with tokens notice; those without must not wait for them.
+#[test]
+fn router_weights_that_are_not_finite() {
+    let copy = Copied::of(BF16);
+    copy.edit_tensors(|tensors| tensors.get_mut("model.layers.1.mlp.gate.weight").unwrap().bytes.fill(0xff));
+    copy.edit_hidden(|x| *x = Tensor::bf16(&[3, x.shape[1]], vec![0.5; 3 * x.shape[1]]));
+    for comm in COMMS {
+        for ranks in [1, 8] {
+            let run = copy.run().with(&format!("--all2all {comm} --ep-size {ranks}"));
+            run.refused(2, &["router logit of token 0", "NaN"]);
+        }
     }
 }
 
