@@ -33,28 +33,25 @@ struct Shape {
     tokens: Vec<usize>,
 }
 
+/// The files of `benches/definitions`, by name.
+const BUILT_IN: [(&str, &str); 5] = [
+    ("qwen3-30b-a3b", include_str!("../shapes/qwen3-30b-a3b.toml")),
+    ("deepseek-v3-ep8", include_str!("../shapes/deepseek-v3-ep8.toml")),
+    ("deepseek-v3-ep32", include_str!("../shapes/deepseek-v3-ep32.toml")),
+    ("mixtral-8x7b", include_str!("../shapes/mixtral-8x7b.toml")),
+    ("small", include_str!("../shapes/small.toml")),
+];
+
 impl Shape {
     fn named(name: &str) -> anyhow::Result<Self> {
-        let built_in = |name: &str, sizes: [usize; 4]| Shape {
-            name: name.into(),
-            hidden: sizes[0],
-            intermediate: sizes[1],
-            experts: sizes[2],
-            top_k: sizes[3],
-            tokens: vec![1, 8, 64, 512],
+        let text = match BUILT_IN.iter().find(|(built_in, _)| *built_in == name) {
+            Some((_, text)) => (*text).to_string(),
+            None => std::fs::read_to_string(Path::new(name)).with_context(|| {
+                let known: Vec<&str> = BUILT_IN.iter().map(|(name, _)| *name).collect();
+                format!("{name} is no built-in shape ({}) and cannot be read", known.join(", "))
+            })?,
         };
-        match name {
-            "qwen3-30b-a3b" => Ok(built_in(name, [2048, 768, 128, 8])),
-            "deepseek-v3-ep32" => Ok(built_in(name, [7168, 2048, 8, 1])),
-            "mixtral-8x7b" => Ok(built_in(name, [4096, 14336, 8, 2])),
-            "small" => Ok(built_in(name, [1024, 512, 32, 4])),
-            path => {
-                let known = "qwen3-30b-a3b, deepseek-v3-ep32, mixtral-8x7b, small";
-                let text = std::fs::read_to_string(Path::new(path))
-                    .with_context(|| format!("{path} is no built-in shape ({known}) and cannot be read"))?;
-                toml::from_str(&text).with_context(|| format!("in {path}"))
-            }
-        }
+        toml::from_str(&text).with_context(|| format!("in {name}"))
     }
 }
 
