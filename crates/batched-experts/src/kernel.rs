@@ -1,0 +1,301 @@
+//! The built kernel: number the valid rows, gemm1 with its activation, gemm2.
+//!
+//! The batches have room for every token of every rank at each expert, and most of it is empty. So the temporaries
+//! are dense: valid rows are *entries*, numbered expert by expert. gemm1 gathers entries out of the batches, gemm2
+//! writes to the rows of the batches and gathers their entries.
+
+use fused_moe_core::{
+    Arrived, DType, Dispatched, ExecCx, ExpertWeights, ExpertsCaps, ExpertsModular, MoeConfig, Plan, Rank,
+    Result, RouterWeight, TensorView, TensorViewMut, WireFormat,
+};
+use grouped_gemm::experts::{
+    Codes, ExpertsError, Gemms, PackedExperts, PackedGemms, Pitched, Scaling, Scheme, WeightLayout,
+};
+use grouped_gemm::{
+    ActivationScale, Activations, Bf16Rows, Epilogue, Executor, Group, GroupedGemm, PackedWeight,
+};
+use half::bf16;
+
+use crate::scheme::{MAX_ROWS, Supported, caps, most_local_experts};
+use crate::workspace::Sizes;
+use crate::{BatchedError, NAME};
+
+/// Experts of one rank for one configuration and plan.
+#[derive(Debug)]
+pub(crate) struct BatchedKernel {
+    caps: ExpertsCaps,
+    epilogue: Epilogue,
+    wire: WireFormat,
+    layout: WeightLayout,
+    max_rows: usize,
+    sizes: Sizes,
+    executor: Executor,
+}
+
+/// The valid rows of a call as the GEMMs take them.
+#[derive(Clone, Copy)]
+struct Work<'a> {
+    /// Entry of each valid row of the batches.
+    entry_of_row: &'a [u32],
+    /// Entries of each expert that has some.
+    dense: &'a [Group],
+    /// Rows of the same experts in the batches.
+    batched: &'a [Group],
+}
+
+/// The left side of gemm1.
+struct Input<'a> {
+    activations: Activations<'a>,
+    /// Row of each entry; `None` if rows are entries.
+    gather: Option<&'a [u32]>,
+}
+
+/// Temporaries between the two GEMMs.
+struct Between<'a> {
+    activated: &'a mut [bf16],
+    codes: Codes<'a>,
+    scratch: &'a mut [u8],
+}
+
+/// Sizes of the temporaries of a kernel for `plan`, the same on every rank.
+pub(crate) fn sizes(config: &MoeConfig, plan: &Plan, executor: &Executor) -> Result<Sizes, BatchedError> {
+    Ok(Sizes::new(config, plan, Supported::of(config)?.scheme, executor.scratch_bytes()))
+}
+
+impl BatchedKernel {
+    pub(crate) fn new(
+        config: &MoeConfig,
+        plan: &Plan,
+        rank: Rank,
+        executor: Executor,
+    ) -> Result<Self, BatchedError> {
+        let supported = Supported::of(config)?;
+        let caps = caps(config);
+        check_plan(config, plan, &caps)?;
+        let layout = WeightLayout::new(supported.scheme, config, rank);
+        let sizes = sizes(config, plan, &executor)?;
+        let (wire, isa, max_rows) = (plan.wire(), executor.isa(), plan.max_rows());
+        tracing::debug!(%layout, %wire, %isa, workspace_bytes = sizes.bytes(), "built experts");
+        Ok(Self { caps, epilogue: supported.epilogue, wire, layout, max_rows, sizes, executor })
+    }
+
+    fn run(
+        &self,
+        cx: &mut ExecCx<'_>,
+        weights: &ExpertWeights,
+        input: &Dispatched<'_>,
+        mut out: TensorViewMut<'_>,
+    ) -> Result<(), BatchedError> {
+        let gemms = PackedExperts::of(weights, NAME, &self.layout)?;
+        let Arrived::Batched { tokens } = input.arrived else {
+            let (tensor, wanted) = ("the received batch", "one batch per expert".into());
+            let found = "[rows, hidden] with top-k".into();
+            return Err(ExpertsError::Tensor { tensor, wanted, found }.into());
+        };
+        let counts = tokens.0.as_slice::<i32>()?;
+        self.check_counts(counts)?;
+        self.fits("the output", &out.as_view(), DType::Bf16, self.layout.hidden)?;
+        let out = out.as_mut_slice::<bf16>()?;
+
+        let pieces = self.sizes.carve(&mut cx.workspace.reborrow())?;
+        let dense = pieces.dense.fill(self.groups(counts).map(|(entries, group)| {
+            for (entry, row) in entries.clone().zip(group.rows) {
+                pieces.row_of_entry[entry] = row as u32;
+                pieces.entry_of_row[row] = entry as u32;
+            }
+            Group { rows: entries, expert: group.expert }
+        }));
+        let batched = pieces.batched.fill(self.groups(counts).map(|(_, group)| group));
+        let entries = dense.last().map_or(0, |group| group.rows.end);
+        let row_of_entry = &pieces.row_of_entry[..entries];
+        let work = Work { entry_of_row: pieces.entry_of_row, dense, batched };
+        let x = self.input(input, row_of_entry, pieces.input)?;
+        if entries == 0 {
+            return Ok(());
+        }
+        let between = Between {
+            activated: &mut pieces.activated[..entries * self.layout.intermediate],
+            codes: pieces.activated_codes,
+            scratch: pieces.gemm_scratch,
+        };
+        match gemms {
+            PackedGemms::Bf16(gemms) => self.multiply(gemms, x, work, between, out),
+            PackedGemms::Fp8(gemms) => self.multiply(gemms, x, work, between, out),
+        }
+    }
+
+    /// Entries and rows of the experts that have some, in ascending order.
+    fn groups<'c>(
+        &self,
+        counts: &'c [i32],
+    ) -> impl Iterator<Item = (std::ops::Range<usize>, Group)> + use<'c> {
+        let (max_rows, mut next) = (self.max_rows, 0);
+        counts.iter().enumerate().filter(|&(_, &count)| count > 0).map(move |(expert, &count)| {
+            let (entry, row, count) = (next, expert * max_rows, count as usize);
+            next += count;
+            (entry..next, Group { rows: row..row + count, expert })
+        })
+    }
+
+    fn check_counts(&self, counts: &[i32]) -> Result<(), BatchedError> {
+        let (experts, max) = (self.layout.experts, self.max_rows);
+        if counts.len() != experts {
+            let (tensor, wanted) = ("tokens per expert", format!("[{experts}]"));
+            let found = format!("[{}]", counts.len());
+            return Err(ExpertsError::Tensor { tensor, wanted, found }.into());
+        }
+        let mut rows = 0;
+        for (expert, &count) in counts.iter().enumerate() {
+            match usize::try_from(count) {
+                Ok(valid) if valid <= max => rows += valid,
+                _ => return Err(BatchedError::RowsOfExpert { expert, count, max }),
+            }
+        }
+        let max = self.sizes.entries;
+        if rows > max { Err(BatchedError::TooManyRows { rows, max }) } else { Ok(()) }
+    }
+
+    /// Checks that a tensor has the batches' shape.
+    fn fits(
+        &self,
+        tensor: &'static str,
+        view: &TensorView<'_>,
+        dtype: DType,
+        columns: usize,
+    ) -> Result<(), ExpertsError> {
+        let wanted = [self.layout.experts, self.max_rows, columns];
+        if view.dims() == wanted && view.dtype() == dtype {
+            return Ok(());
+        }
+        Err(ExpertsError::tensor(tensor, view, format!("{wanted:?} of {dtype}")))
+    }
+
+    /// The received rows as gemm1 reads them.
+    fn input<'a>(
+        &self,
+        input: &Dispatched<'a>,
+        row_of_entry: &'a [u32],
+        codes: Codes<'a>,
+    ) -> Result<Input<'a>, ExpertsError> {
+        const SCALES: &str = "the received scale tensor";
+        let columns = self.layout.hidden;
+        self.fits("the received tensor", &input.hidden, self.wire.payload, columns)?;
+        if input.scale.is_some() != self.wire.scale.is_some() {
+            let [wanted, found] = [self.wire.scale.is_some(), input.scale.is_some()]
+                .map(|is_there| if is_there { "there" } else { "absent" }.to_string());
+            return Err(ExpertsError::Tensor { tensor: SCALES, wanted, found });
+        }
+        let gather = Some(row_of_entry);
+        match (self.layout.scheme, input.scale) {
+            (Scheme::Fp8(fp8), Some(scales)) => {
+                let per_row = fp8.scaling.scales_per_row(columns);
+                self.fits(SCALES, &scales, DType::F32, per_row)?;
+                let scales = Pitched::dense(scales.as_slice::<f32>()?, per_row);
+                let activations = Activations::Fp8 {
+                    codes: Pitched::dense(input.hidden.as_slice::<u8>()?, columns).for_gemm(),
+                    kind: fp8.kind,
+                    scale: match fp8.scaling {
+                        Scaling::Block => ActivationScale::Group128(scales.for_gemm()),
+                        // A scale per tensor came once per row, because every source rank has its own.
+                        Scaling::Token | Scaling::Tensor => ActivationScale::PerToken(scales.values),
+                    },
+                };
+                Ok(Input { activations, gather })
+            }
+            (scheme, _) => {
+                let rows = Pitched::dense(input.hidden.as_slice::<bf16>()?, columns);
+                Ok(match scheme {
+                    Scheme::Bf16 => Input { activations: Activations::Bf16(rows.for_gemm()), gather },
+                    Scheme::Fp8(fp8) => {
+                        let activations = fp8.quantize_gathered(rows, row_of_entry, codes)?;
+                        Input { activations, gather: None }
+                    }
+                })
+            }
+        }
+    }
+
+    /// gemm1, activation, second quantisation, gemm2 into the valid rows of `out`.
+    fn multiply<W: PackedWeight>(
+        &self,
+        gemms: &Gemms<W>,
+        x: Input<'_>,
+        work: Work<'_>,
+        between: Between<'_>,
+        out: &mut [bf16],
+    ) -> Result<(), BatchedError> {
+        let WeightLayout { scheme, hidden, intermediate, .. } = self.layout;
+        let Between { activated, codes, scratch } = between;
+        let gemm1 = GroupedGemm {
+            weights: &gemms.w13,
+            activations: x.activations,
+            gather: x.gather,
+            groups: work.dense,
+            router_weights: None,
+            epilogue: self.epilogue,
+        };
+        // The rounding to bf16 before the second quantisation is part of the contract.
+        self.executor.run(&gemm1, scratch, &Bf16Rows::new(activated, intermediate, intermediate)?)?;
+        let activated = Pitched::dense(&*activated, intermediate);
+        let gemm2 = GroupedGemm {
+            weights: &gemms.w2,
+            activations: match scheme {
+                Scheme::Bf16 => Activations::Bf16(activated.for_gemm()),
+                Scheme::Fp8(fp8) => fp8.quantize(activated, codes)?,
+            },
+            gather: Some(work.entry_of_row),
+            groups: work.batched,
+            router_weights: None,
+            epilogue: Epilogue::Products,
+        };
+        Ok(self.executor.run(&gemm2, scratch, &Bf16Rows::new(out, hidden, hidden)?)?)
+    }
+}
+
+impl ExpertsModular for BatchedKernel {
+    fn caps(&self) -> &ExpertsCaps {
+        &self.caps
+    }
+
+    fn workspace_bytes(&self) -> usize {
+        self.sizes.bytes()
+    }
+
+    fn apply(
+        &self,
+        cx: &mut ExecCx<'_>,
+        weights: &ExpertWeights,
+        input: &Dispatched<'_>,
+        out: TensorViewMut<'_>,
+    ) -> Result<()> {
+        Ok(self.run(cx, weights, input, out)?)
+    }
+}
+
+/// Refuses a plan that was negotiated with other experts or with other capabilities.
+fn check_plan(config: &MoeConfig, plan: &Plan, caps: &ExpertsCaps) -> Result<(), BatchedError> {
+    let refused = |what, wanted: &str, found: String| {
+        Err(BatchedError::Plan { what, wanted: wanted.to_string(), found })
+    };
+    if plan.experts() != NAME {
+        return refused("is for the experts", NAME, plan.experts().into());
+    }
+    if plan.format() != caps.format {
+        return refused("has the activation format", caps.format.name(), plan.format().name().into());
+    }
+    if !plan.weight_and_reduce().is_delegate() {
+        return refused("weights and reduces by", "delegate", plan.weight_and_reduce().name().into());
+    }
+    if plan.router_weight() == RouterWeight::OnInputByExperts {
+        return refused("applies the routing weight", "elsewhere", "in the experts, on the input".into());
+    }
+    if !caps.accepts.contains(&plan.wire()) {
+        let accepts: Vec<_> = caps.accepts.iter().map(ToString::to_string).collect();
+        return refused("dispatches", &accepts.join(" or "), plan.wire().to_string());
+    }
+    let rows = plan.max_rows().saturating_mul(most_local_experts(config));
+    if rows >= MAX_ROWS {
+        return refused("receives", &format!("fewer than {MAX_ROWS} rows on a rank"), rows.to_string());
+    }
+    Ok(())
+}

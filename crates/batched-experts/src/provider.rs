@@ -1,0 +1,69 @@
+//! The provider: what a registry asks.
+
+use fused_moe_core::{
+    ExpertMatrices, ExpertWeights, Experts, ExpertsCaps, ExpertsProvider, MoeConfig, Plan, Rank, Result,
+    Support, check_expert_count,
+};
+use grouped_gemm::Executor;
+use grouped_gemm::experts::PackedExperts;
+
+use crate::kernel::{BatchedKernel, sizes};
+use crate::scheme::{Supported, caps};
+use crate::{BatchedError, NAME};
+
+/// Makes host experts on the batched format, named `batched`.
+///
+/// Dispatch may bring rows quantised by the scheme (preferred) or in bf16, which the experts then quantise
+/// themselves. Their output is unweighted: the combine has to weight and reduce.
+#[derive(Clone, Copy, Debug)]
+pub struct BatchedExperts {
+    executor: Executor,
+}
+
+impl BatchedExperts {
+    /// Experts on the fastest instruction set, with the threads of rayon's global pool.
+    pub fn new() -> Self {
+        Self::with_executor(Executor::detect())
+    }
+
+    /// Experts whose GEMMs run on `executor`. The number of threads does not change a bit of the result; the
+    /// instruction set may.
+    pub fn with_executor(executor: Executor) -> Self {
+        Self { executor }
+    }
+}
+
+impl Default for BatchedExperts {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl ExpertsProvider for BatchedExperts {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn supports(&self, config: &MoeConfig) -> Support<ExpertsCaps> {
+        match Supported::resolve(config) {
+            Ok(_) => Support::Supported(caps(config)),
+            Err(reasons) => Support::Unsupported(reasons),
+        }
+    }
+
+    /// As the trait says; 0 for a configuration that is not supported.
+    fn workspace_bytes(&self, config: &MoeConfig, plan: &Plan) -> usize {
+        sizes(config, plan, &self.executor).map_or(0, |sizes| sizes.bytes())
+    }
+
+    fn build(&self, config: &MoeConfig, plan: &Plan, rank: Rank) -> Result<Experts> {
+        Ok(Experts::Modular(Box::new(BatchedKernel::new(config, plan, rank, self.executor)?)))
+    }
+
+    fn pack(&self, config: &MoeConfig, rank: Rank, experts: &[ExpertMatrices<'_>]) -> Result<ExpertWeights> {
+        check_expert_count(NAME, config, rank, experts)?;
+        let scheme = Supported::of(config)?.scheme;
+        let packed = PackedExperts::pack(scheme, config, rank, experts).map_err(BatchedError::from)?;
+        Ok(packed.into_weights(NAME))
+    }
+}
