@@ -72,6 +72,10 @@ pub struct LayerRun {
     pub bytes: KernelBytes,
 }
 
+/// How long a rank waits for another. Large inputs keep ranks busy for minutes on a small machine; one that dies is
+/// noticed at once, as ranks are threads of this process.
+const TIMEOUT: Duration = Duration::from_secs(3600);
+
 /// Tokens of `rank` when `tokens` are spread as evenly as possible.
 pub fn share(tokens: usize, ranks: usize, rank: Rank) -> Range<usize> {
     let (base, extra, rank) = (tokens / ranks, tokens % ranks, rank.index());
@@ -88,7 +92,7 @@ pub fn run(
 ) -> anyhow::Result<LayerRun> {
     let ranks = layer.config.ep_size();
     let ranks_per_node = std::num::NonZeroUsize::new(layer.config.ranks_per_node);
-    let options = ThreadOptions { ranks_per_node, ..ThreadOptions::default() };
+    let options = ThreadOptions { ranks_per_node, timeout: TIMEOUT };
     let parts = run_ranks(ranks, options, |group| {
         RankRun::new(registry, layer, selection, &group)?.run(&group, hidden)
     })?;
