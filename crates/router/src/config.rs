@@ -2,6 +2,8 @@
 
 use fused_moe_core::{RoutingConfig, RoutingMethod};
 
+use crate::recipe::{Grouping, Recipe};
+
 /// Why a [`RoutingConfig`] is refused.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
@@ -91,6 +93,60 @@ pub enum RoutingError {
         /// Its bias.
         value: f32,
     },
+    /// A method that chooses one expert asked for more.
+    #[error("routing method {method} chooses one expert, top_k is {top_k}")]
+    NotTop1 {
+        /// The method.
+        method: RoutingMethod,
+        /// Experts per token.
+        top_k: usize,
+    },
+    /// A hash table of no rows, or whose last row is not whole.
+    #[error("hash table has {len} ids, wanted rows of {top_k}")]
+    HashTableLength {
+        /// Ids of the table.
+        len: usize,
+        /// Ids of a row.
+        top_k: usize,
+    },
+    /// A hash table for another number of experts per token.
+    #[error("hash table has rows of {table} ids, wanted top_k {top_k}")]
+    HashTableTopK {
+        /// Ids of a row of the table.
+        table: usize,
+        /// Experts per token.
+        top_k: usize,
+    },
+    /// A row of a hash table that names an expert twice or one that does not exist.
+    #[error("row {row} of the hash table has id {id}, wanted distinct ids in 0..{num_experts}")]
+    HashTableRow {
+        /// The row, which is the id of the token.
+        row: usize,
+        /// The first id that does not fit.
+        id: i32,
+        /// Experts over all ranks.
+        num_experts: usize,
+    },
+    /// Groups or a bias beside a hash table.
+    #[error("routing method {method} has groups or a correction bias to choose by, and a hash table")]
+    HashTableChooses {
+        /// The method.
+        method: RoutingMethod,
+    },
+    /// A weight of shared slots that is NaN or infinite.
+    #[error("weight of the shared slots is {weight}")]
+    NonFiniteSharedWeight {
+        /// The weight.
+        weight: f32,
+    },
+    /// More zero-experts than leave an expert.
+    #[error("{count} zero-experts of num_experts {num_experts} leave no expert")]
+    ZeroExperts {
+        /// Zero-experts.
+        count: usize,
+        /// All experts with a logit.
+        num_experts: usize,
+    },
     /// A scaling factor that is NaN or infinite.
     #[error("routed_scaling_factor is {factor}")]
     NonFiniteFactor {
@@ -99,8 +155,8 @@ pub enum RoutingError {
     },
 }
 
-/// Checks `config`; a [`HostRouter`](crate::HostRouter) relies on all of it.
-pub(crate) fn check(config: &RoutingConfig) -> Result<(), RoutingError> {
+/// Checks `config`, all of which a [`HostRouter`](crate::HostRouter) relies on, and looks up its method.
+pub(crate) fn check(config: &RoutingConfig) -> Result<Recipe, RoutingError> {
     let &RoutingConfig { method, num_experts, top_k, .. } = config;
     if num_experts == 0 || i32::try_from(num_experts).is_err() {
         return Err(RoutingError::NumExperts { num_experts });
@@ -108,18 +164,14 @@ pub(crate) fn check(config: &RoutingConfig) -> Result<(), RoutingError> {
     if top_k == 0 || top_k > num_experts {
         return Err(RoutingError::TopK { top_k, num_experts });
     }
-    let grouped = match method {
-        RoutingMethod::Default | RoutingMethod::Renormalize | RoutingMethod::RenormalizeNaive => false,
-        RoutingMethod::GroupLimitedSoftmax | RoutingMethod::DeepSeekV3 => true,
-        _ => return Err(RoutingError::UnsupportedMethod { method }),
-    };
+    if method == RoutingMethod::Llama4 && top_k != 1 {
+        return Err(RoutingError::NotTop1 { method, top_k });
+    }
+    let recipe = Recipe::of(method).ok_or(RoutingError::UnsupportedMethod { method })?;
     match config.groups {
-        // DeepSeek-V3 without groups is DeepSeek-V3 with one group.
-        None if method == RoutingMethod::GroupLimitedSoftmax => {
-            return Err(RoutingError::MissingGroups { method });
-        }
+        None if recipe.grouping == Grouping::Max => return Err(RoutingError::MissingGroups { method }),
         None => {}
-        Some(groups) if !grouped => {
+        Some(groups) if recipe.grouping == Grouping::None => {
             return Err(RoutingError::UnusedGroups { method, n_group: groups.n_group });
         }
         Some(groups) => {
@@ -137,7 +189,7 @@ pub(crate) fn check(config: &RoutingConfig) -> Result<(), RoutingError> {
         }
     }
     if let Some(bias) = &config.correction_bias {
-        if method != RoutingMethod::DeepSeekV3 {
+        if !recipe.biased {
             return Err(RoutingError::UnusedBias { method });
         }
         if bias.len() != num_experts {
@@ -150,7 +202,7 @@ pub(crate) fn check(config: &RoutingConfig) -> Result<(), RoutingError> {
     if !config.routed_scaling_factor.is_finite() {
         return Err(RoutingError::NonFiniteFactor { factor: config.routed_scaling_factor });
     }
-    Ok(())
+    Ok(recipe)
 }
 
 #[cfg(test)]
@@ -185,11 +237,14 @@ mod tests {
     #[case(config(RoutingMethod::Default))]
     #[case(config(RoutingMethod::DeepSeekV3))]
     #[case(RoutingConfig { top_k: 8, ..config(RoutingMethod::Renormalize) })]
+    #[case(RoutingConfig { top_k: 1, ..config(RoutingMethod::Llama4) })]
+    #[case(RoutingConfig { method: RoutingMethod::SqrtSoftplus, ..biased(vec![-1.0; 8]) })]
+    #[case(RoutingConfig { correction_bias: Some(vec![-1.0; 8]), ..grouped(4, 1) })]
     #[case(grouped(4, 1))]
     #[case(grouped(8, 8))]
     #[case(biased(vec![-1.0; 8]))]
     fn accepted(#[case] config: RoutingConfig) {
-        assert_eq!(check(&config), Ok(()));
+        assert_eq!(check(&config).err(), None);
     }
 
     #[rstest]
@@ -203,6 +258,11 @@ mod tests {
     #[case(
         RoutingConfig { method: RoutingMethod::Default, ..grouped(4, 2) },
         "routing method softmax has no expert groups, n_group is 4"
+    )]
+    #[case(config(RoutingMethod::Llama4), "routing method llama4 chooses one expert, top_k is 2")]
+    #[case(
+        RoutingConfig { method: RoutingMethod::GroupLimitedSigmoid, ..biased(vec![0.0; 8]) },
+        "routing method group-limited-sigmoid needs n_group and topk_group"
     )]
     #[case(grouped(3, 1), "num_experts 8 does not divide into n_group 3 groups")]
     #[case(grouped(0, 1), "num_experts 8 does not divide into n_group 0 groups")]
@@ -220,6 +280,6 @@ mod tests {
         "routed_scaling_factor is NaN"
     )]
     fn refused(#[case] config: RoutingConfig, #[case] message: &str) {
-        assert_eq!(check(&config).map_err(|e| e.to_string()), Err(message.to_owned()));
+        assert_eq!(check(&config).map_err(|e| e.to_string()).err(), Some(message.to_owned()));
     }
 }

@@ -3,7 +3,7 @@
 use fused_moe_core::{Element, Error, Result, Stage, TensorView, TensorViewMut};
 use half::bf16;
 
-use crate::host::sigmoid;
+use crate::score::sigmoid;
 
 /// Name under which the functions of this file report errors.
 const BACKEND: &str = "host";

@@ -2,8 +2,8 @@
 //! experts of every token.
 //!
 //! [`gate_logits`] multiplies hidden states with the gate's weight; [`HostRouter`] chooses the experts by any of
-//! the [`RoutingMethod`](fused_moe_core::RoutingMethod)s of the core; [`shared_expert_gate`] is the factor that
-//! Qwen2-MoE puts on its shared expert.
+//! the [`RoutingMethod`](fused_moe_core::RoutingMethod)s of the core, or takes them from a [`HashTable`], and
+//! appends [`SharedSlots`]; [`shared_expert_gate`] is the factor that Qwen2-MoE puts on its shared expert.
 //!
 //! ```
 //! use fused_moe_core::{
@@ -40,7 +40,11 @@ mod best;
 mod config;
 mod gate;
 mod host;
+mod recipe;
+mod score;
+mod slots;
 
 pub use config::RoutingError;
 pub use gate::{gate_logits, shared_expert_gate};
 pub use host::HostRouter;
+pub use slots::{HashTable, SharedSlots};
