@@ -4,6 +4,7 @@
 //! [`gate_logits`] multiplies hidden states with the gate's weight; [`HostRouter`] chooses the experts by any of
 //! the [`RoutingMethod`](fused_moe_core::RoutingMethod)s of the core, or takes them from a [`HashTable`], and
 //! appends [`SharedSlots`]; [`shared_expert_gate`] is the factor that Qwen2-MoE puts on its shared expert.
+//! [`simulate`] makes top-k rows without a model.
 //!
 //! ```
 //! use fused_moe_core::{
@@ -42,6 +43,7 @@ mod gate;
 mod host;
 mod recipe;
 mod score;
+pub mod simulate;
 mod slots;
 
 pub use config::RoutingError;

@@ -38,25 +38,32 @@ fn route_allocates_nothing() {
     const EXPERTS: usize = 1024;
     const TOP_K: usize = 32;
     let logits: Vec<f32> = (0..TOKENS * EXPERTS).map(|i| (i * 7919 % 1013) as f32 / 100.0).collect();
-    for (method, n_group) in [
-        (RoutingMethod::Default, None),
-        (RoutingMethod::Renormalize, None),
-        (RoutingMethod::RenormalizeNaive, None),
-        (RoutingMethod::GroupLimitedSoftmax, Some(EXPERTS)),
-        (RoutingMethod::DeepSeekV3, Some(EXPERTS / 2)),
-    ] {
+    for method in RoutingMethod::ALL {
+        let groups = |n_group| Some(ExpertGroups { n_group, topk_group: n_group - 1 });
+        let top_k = if method == RoutingMethod::Llama4 { 1 } else { TOP_K };
         let router = HostRouter::new(RoutingConfig {
             method,
             num_experts: EXPERTS,
-            top_k: TOP_K,
-            groups: n_group.map(|n_group| ExpertGroups { n_group, topk_group: n_group }),
+            top_k,
+            groups: match method {
+                RoutingMethod::GroupLimitedSoftmax | RoutingMethod::GroupLimitedSigmoid => groups(EXPERTS),
+                RoutingMethod::DeepSeekV3 => groups(EXPERTS / 2),
+                _ => None,
+            },
             renormalize: true,
             routed_scaling_factor: 2.5,
-            correction_bias: (method == RoutingMethod::DeepSeekV3).then(|| vec![0.25; EXPERTS]),
+            correction_bias: match method {
+                RoutingMethod::DeepSeekV3
+                | RoutingMethod::GroupLimitedSoftmax
+                | RoutingMethod::BiasedSoftmax
+                | RoutingMethod::MiniMax2
+                | RoutingMethod::SqrtSoftplus => Some(vec![0.25; EXPERTS]),
+                _ => None,
+            },
         })
         .unwrap();
-        let (mut ids, mut weights) = (vec![0; TOKENS * TOP_K], vec![0.0; TOKENS * TOP_K]);
-        let dims = [TOKENS, TOP_K];
+        let (mut ids, mut weights) = (vec![0; TOKENS * top_k], vec![0.0; TOKENS * top_k]);
+        let dims = [TOKENS, top_k];
         let out = TopKMut {
             ids: TensorViewMut::from_slice(&mut ids, DType::I32, &dims).unwrap(),
             weights: TensorViewMut::from_slice(&mut weights, DType::F32, &dims).unwrap(),
