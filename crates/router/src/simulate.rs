@@ -182,7 +182,7 @@ impl Simulator {
 }
 
 fn check_recorded(ids: &[i32], top_k: usize, num_experts: usize) -> Result<(), SimulationError> {
-    if ids.is_empty() || ids.len() % top_k != 0 {
+    if ids.is_empty() || !ids.len().is_multiple_of(top_k) {
         return Err(SimulationError::RecordedLength { len: ids.len(), top_k });
     }
     for (row, ids) in ids.chunks_exact(top_k).enumerate() {

@@ -20,7 +20,7 @@ impl HashTable {
     /// [`HostRouter::with_hash_table`](crate::HostRouter::with_hash_table) checks the ids.
     pub fn new(ids: impl Into<Arc<[i32]>>, top_k: usize) -> Result<Self, RoutingError> {
         let ids = ids.into();
-        if top_k == 0 || ids.is_empty() || ids.len() % top_k != 0 {
+        if top_k == 0 || ids.is_empty() || !ids.len().is_multiple_of(top_k) {
             return Err(RoutingError::HashTableLength { len: ids.len(), top_k });
         }
         Ok(Self { ids, top_k })
