@@ -1,7 +1,7 @@
 //! Rounds in which nothing goes wrong: what arrives, what is summed, what it costs.
 
 use ep_transport::{Endpoint, Traffic};
-use fused_moe_core::{ProcessGroup, Rank};
+use fused_moe_core::{CombineKind, ProcessGroup, Rank, RouterWeight};
 use half::bf16;
 
 use super::arrivals::{Arrivals, conserved};
@@ -43,7 +43,9 @@ impl Round {
         let placement = &case.placement;
         conserved(arrivals, (&self.sent, placement), (rank, accepted.plan.kind()))?;
         let input = &self.inputs[rank.index()];
-        let weighted = accepted.caps.combine == fused_moe_core::CombineKind::WeightAndReduce;
+        // Weights that prepare multiplied into the rows are not applied again.
+        let weighted = accepted.caps.combine == CombineKind::WeightAndReduce
+            && accepted.plan.router_weight() == RouterWeight::OnOutput;
         let sent = &self.sent[rank.index()];
         let want = Expected::new(sent, (placement, input, weighted), values, case.hidden);
         for (at, (&got, (&sum, &magnitude))) in
