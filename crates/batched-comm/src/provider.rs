@@ -1,0 +1,79 @@
+//! The provider: what is offered, what it costs, and how a handle is built.
+
+use ep_transport::transport_of;
+use fused_moe_core::{
+    ActivationFormat, Axis, CombineKind, DType, DeviceKind, Error, KernelKind, MoeConfig, Plan, PrepareCaps,
+    PrepareFinalize, PrepareFinalizeProvider, ProcessGroup, Result, Stage, Support, Unsupported, WireBytes,
+    WireFormat,
+};
+
+use crate::NAME;
+use crate::buffers::{Buffers, Shape};
+use crate::low_latency::LowLatency;
+
+/// Makes the backend `batched`: one batch of rows per expert, a combine that weights and reduces.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Batched;
+
+impl PrepareFinalizeProvider for Batched {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn supports(&self, config: &MoeConfig, kind: KernelKind) -> Support<PrepareCaps> {
+        let mut why = Vec::new();
+        if kind != KernelKind::Modular {
+            why.push(Unsupported::new(Axis::KernelKind, kind.name(), KernelKind::Modular.name()));
+        }
+        if config.in_dtype != DType::Bf16 {
+            why.push(Unsupported::new(Axis::DType, config.in_dtype.name(), DType::Bf16.name()));
+        }
+        if config.device != DeviceKind::Host {
+            why.push(Unsupported::new(Axis::Device, format!("{:?}", config.device), "Host"));
+        }
+        Support::unless(why, caps(config))
+    }
+
+    fn required_bytes(&self, config: &MoeConfig, plan: &Plan) -> usize {
+        let shape = Shape::new(config, plan);
+        Buffers::new(&shape).layout().size().required_bytes().saturating_add(shape.local_bytes())
+    }
+
+    /// As the trait says. The counts, four bytes for every expert and rank of a round, are not any token's.
+    fn wire_bytes_per_token(&self, config: &MoeConfig, plan: &Plan) -> WireBytes {
+        let shape = Shape::new(config, plan);
+        // A slot names an expert of the token's own rank with a chance of 1 in N, whatever the placement: that
+        // rank is any of the N alike.
+        let copies = config.top_k as f64 * (config.ep_size() - 1) as f64 / config.ep_size() as f64;
+        WireBytes {
+            dispatch: copies * shape.dispatch_bytes() as f64,
+            combine: copies * shape.output_bytes as f64,
+        }
+    }
+
+    fn build(&self, config: &MoeConfig, plan: &Plan, group: &dyn ProcessGroup) -> Result<PrepareFinalize> {
+        let contract = |why: String| Error::contract(Stage::QuantizeDispatch, NAME, why);
+        let transport = transport_of(group)
+            .ok_or_else(|| contract("the process group has no ep-transport underneath".to_string()))?;
+        if transport.world_size() != config.ep_size() {
+            let (ranks, wanted) = (transport.world_size(), config.ep_size());
+            return Err(contract(format!("the transport has {ranks} ranks, the placement {wanted}")));
+        }
+        let handle = LowLatency::new(caps(config), config, plan, transport)?;
+        Ok(PrepareFinalize::Modular(Box::new(handle)))
+    }
+}
+
+fn caps(config: &MoeConfig) -> PrepareCaps {
+    let mut wires = vec![WireFormat::unquantized(config.in_dtype)];
+    let quantized = config.quant.quantized_wire(config.in_dtype);
+    if quantized.scale.is_some() {
+        wires.push(quantized);
+    }
+    let max_rows = config.ep_size().saturating_mul(config.max_tokens_per_rank);
+    let mut caps = PrepareCaps::host(NAME, KernelKind::Modular, wires, max_rows);
+    caps.format = ActivationFormat::BatchedExperts;
+    caps.combine = CombineKind::WeightAndReduce;
+    caps.weight_on_input = true;
+    caps
+}
