@@ -18,6 +18,7 @@ const LAYERS: usize = 58;
 #[case("mori_high_throughput", 3)]
 #[case("allgather_reducescatter", 3)]
 #[case("naive", 3)]
+#[case("batched", 3)]
 fn one_kernel_serves_58_layers(
     #[case] comm: &str,
     #[case] ep_size: usize,
@@ -36,7 +37,7 @@ fn one_kernel_serves_58_layers(
         let announced = registry.required_bytes(&config, kernel.plan(), rank)?;
         let provider = registry.experts(kernel.plan().experts())?;
         let pack = |layer: usize| -> Outcome<ExpertWeights> {
-            let weights = case.weights(layer as u64);
+            let weights = Case { seed: case.seed.derive(layer as u64), ..case.clone() }.weights();
             let all = weights.matrices();
             let local: Vec<_> = config.placement.experts_of(rank).map(|id| all[id.0 as usize]).collect();
             Ok(provider.pack(&config, rank, &local)?)

@@ -1,0 +1,6 @@
+//! The conformance suite.
+
+use aiter_experts::AiterExperts;
+use moe_conformance::conformance_experts;
+
+conformance_experts!(AiterExperts::default(), floor: 56);
