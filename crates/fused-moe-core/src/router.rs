@@ -56,8 +56,8 @@ pub trait Router: Send + Sync {
         self.config().top_k
     }
 
-    /// Chooses the experts of every row of `logits`, `[tokens, num_experts]` f32, best first, and writes their
-    /// ids and weights to `out`, [`Router::slots`] wide. Ties go to the lower id.
+    /// Chooses the experts of every row of `logits`, `[tokens, num_experts]` f32, best first, and writes
+    /// their ids and weights to `out`, [`Router::slots`] wide. Ties go to the lower id.
     ///
     /// # Errors
     /// [`crate::ErrorKind::BadInput`] with [`crate::Fault::NonFiniteLogit`] for a NaN logit (−inf is

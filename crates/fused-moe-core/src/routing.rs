@@ -1,12 +1,12 @@
 //! What the router computes: methods and their parameters as data.
 
-/// How logits `l` become expert ids and weights. Names follow FlashInfer's `RoutingMethodType` and vLLM; their
-/// numbers have changed between versions and do not appear.
+/// How logits `l` become expert ids and weights. Names follow FlashInfer's `RoutingMethodType` and vLLM;
+/// their numbers have changed between versions and do not appear.
 ///
 /// All arithmetic is f32, ties go to the lower expert id, masked groups are −inf. `b` is
-/// [`RoutingConfig::correction_bias`], zero where there is none; it chooses and never weighs. Σ is the sum of a
-/// token's weights. Every weight is multiplied by [`RoutingConfig::routed_scaling_factor`] at the end. vLLM's
-/// `Custom` is an engine that routes by itself ([`crate::MoeConfig::routing`] is `None`).
+/// [`RoutingConfig::correction_bias`], zero where there is none; it chooses and never weighs. Σ is the sum of
+/// a token's weights. Every weight is multiplied by [`RoutingConfig::routed_scaling_factor`] at the end.
+/// vLLM's `Custom` is an engine that routes by itself ([`crate::MoeConfig::routing`] is `None`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum RoutingMethod {
@@ -16,12 +16,12 @@ pub enum RoutingMethod {
     Renormalize,
     /// Softmax over all experts, top-k, weights divided by their sum (Qwen3-MoE, Mixtral).
     RenormalizeNaive,
-    /// Softmax; the best `topk_group` of `n_group` groups by their maximum; top-k inside them (DeepSeek-V2). With
-    /// a bias, softmax + b chooses and a group counts as the sum of its best two. Weights are divided by
+    /// Softmax; the best `topk_group` of `n_group` groups by their maximum; top-k inside them (DeepSeek-V2).
+    /// With a bias, softmax + b chooses and a group counts as the sum of its best two. Weights are divided by
     /// Σ + 1e-20 if [`RoutingConfig::renormalize`] says so.
     GroupLimitedSoftmax,
-    /// σ(l); the best `topk_group` of `n_group` groups by their maximum; top-k inside them; weights divided by
-    /// Σ + 1e-20 if [`RoutingConfig::renormalize`] says so. With a bias it would be
+    /// σ(l); the best `topk_group` of `n_group` groups by their maximum; top-k inside them; weights divided
+    /// by Σ + 1e-20 if [`RoutingConfig::renormalize`] says so. With a bias it would be
     /// [`RoutingMethod::DeepSeekV3`].
     GroupLimitedSigmoid,
     /// σ(l) + b chooses, groups by the sum of their best two; weights σ(l) divided by Σ + 1e-20 if
@@ -34,15 +34,15 @@ pub enum RoutingMethod {
     TopK,
     /// σ(l), then top-k, weights as they are.
     Sigmoid,
-    /// Top-k of the logits, then σ of the k chosen. As σ is increasing this is [`RoutingMethod::Sigmoid`] without
-    /// rounding, and a router that orders by logits gives the same bits for both.
+    /// Top-k of the logits, then σ of the k chosen. As σ is increasing this is [`RoutingMethod::Sigmoid`]
+    /// without rounding, and a router that orders by logits gives the same bits for both.
     TopKSigmoid,
     /// σ(l), top-k, weights divided by Σ + 1e-20.
     SigmoidRenorm,
     /// Top-k of σ(l) + b, weights σ(l) divided by Σ + 1e-20 (MiniMax-M2).
     MiniMax2,
-    /// Top-k of softmax(l) + b, weights softmax(l), divided by their sum if [`RoutingConfig::renormalize`] says so
-    /// (ERNIE 4.5). vLLM's biased sigmoid is [`RoutingMethod::DeepSeekV3`] without groups.
+    /// Top-k of softmax(l) + b, weights softmax(l), divided by their sum if [`RoutingConfig::renormalize`]
+    /// says so (ERNIE 4.5). vLLM's biased sigmoid is [`RoutingMethod::DeepSeekV3`] without groups.
     BiasedSoftmax,
     /// Top-k of √softplus(l) + b with softplus(l) = ln(1 + eˡ), weights √softplus(l), divided by their sum if
     /// [`RoutingConfig::renormalize`] says so (DeepSeek-V4).

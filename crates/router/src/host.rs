@@ -18,9 +18,9 @@ const INLINE: usize = 1024;
 /// Stage 1 on the host for every [`RoutingMethod`](fused_moe_core::RoutingMethod).
 ///
 /// Arithmetic is f32. Methods that choose without a bias choose by the logits themselves, which order as the
-/// probabilities do but neither underflow nor saturate; only DeepSeek-V3, which adds up scores of a group, always
-/// chooses by scores. Ties go to the lower id. A row whose logits are all −inf gets the lowest admissible ids with
-/// weight 0. One call works on one thread and allocates nothing for up to 1024 experts.
+/// probabilities do but neither underflow nor saturate; only DeepSeek-V3, which adds up scores of a group,
+/// always chooses by scores. Ties go to the lower id. A row whose logits are all −inf gets the lowest
+/// admissible ids with weight 0. One call works on one thread and allocates nothing for up to 1024 experts.
 #[derive(Clone, Debug)]
 pub struct HostRouter {
     config: RoutingConfig,
@@ -33,9 +33,9 @@ pub struct HostRouter {
 impl HostRouter {
     /// A router for `config`.
     ///
-    /// `groups` may be `None` for [`RoutingMethod::DeepSeekV3`](fused_moe_core::RoutingMethod::DeepSeekV3) (one
-    /// group) and must be for the methods without groups; a missing `correction_bias` is zero. `renormalize` acts
-    /// on the methods whose formula names it.
+    /// `groups` may be `None` for [`RoutingMethod::DeepSeekV3`](fused_moe_core::RoutingMethod::DeepSeekV3)
+    /// (one group) and must be for the methods without groups; a missing `correction_bias` is zero.
+    /// `renormalize` acts on the methods whose formula names it.
     ///
     /// # Errors
     /// [`RoutingError`] for sizes that contradict each other and for values that are not finite.
@@ -79,13 +79,13 @@ impl HostRouter {
         Ok(Self { shared, ..self })
     }
 
-    /// Takes the last `count` of the config's experts as zero-experts (LongCat-Flash): they have no weights and
-    /// return the token as it is.
+    /// Takes the last `count` of the config's experts as zero-experts (LongCat-Flash): they have no weights
+    /// and return the token as it is.
     ///
-    /// A slot that one of them wins becomes [`NO_EXPERT`] with weight 0; the sum of the weights it takes from a
-    /// token, after renormalisation and scaling, is the token's identity weight. The layer adds the token times
-    /// that weight to its output. Such a router answers [`Router::route_all`] only, where the identity weights
-    /// have a place.
+    /// A slot that one of them wins becomes [`NO_EXPERT`] with weight 0; the sum of the weights it takes from
+    /// a token, after renormalisation and scaling, is the token's identity weight. The layer adds the token
+    /// times that weight to its output. Such a router answers [`Router::route_all`] only, where the identity
+    /// weights have a place.
     ///
     /// # Errors
     /// [`RoutingError::ZeroExperts`] if no expert is left.
@@ -220,8 +220,8 @@ impl Router for HostRouter {
         self.route_all(cx, input, RouterOutput { topk: out, identity: None })
     }
 
-    /// As the trait says; all tensors are on the host, rows contiguous. +inf is refused like NaN, since it has no
-    /// softmax. All input is checked before anything is written, so `out` is untouched after an error.
+    /// As the trait says; all tensors are on the host, rows contiguous. +inf is refused like NaN, since it
+    /// has no softmax. All input is checked before anything is written, so `out` is untouched after an error.
     fn route_all(
         &self,
         _cx: &mut ExecCx<'_>,
@@ -273,8 +273,8 @@ struct Row<'a> {
     experts: Option<&'a [i32]>,
 }
 
-/// Offers `best` the experts of the `topk_group` best groups. The experts of the others are out, whatever their
-/// scores: masking with 0 instead would let them win over negative biased scores.
+/// Offers `best` the experts of the `topk_group` best groups. The experts of the others are out, whatever
+/// their scores: masking with 0 instead would let them win over negative biased scores.
 fn best_in_groups(
     scores: &[f32],
     groups: ExpertGroups,

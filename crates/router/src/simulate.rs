@@ -23,15 +23,15 @@ use crate::best::Best;
 pub enum Distribution {
     /// Every set of `top_k` experts is equally likely.
     Uniform,
-    /// Experts are drawn one after the other without putting back, expert `e` with a probability in proportion to
-    /// `(e + 1)^-exponent`. Expert 0 is the most popular, so that in contiguous placements rank 0 has the most
-    /// work; 0 is [`Distribution::Uniform`].
+    /// Experts are drawn one after the other without putting back, expert `e` with a probability in
+    /// proportion to `(e + 1)^-exponent`. Expert 0 is the most popular, so that in contiguous placements rank
+    /// 0 has the most work; 0 is [`Distribution::Uniform`].
     Zipf {
         /// At least 0; 1 is about what unbalanced checkpoints show.
         exponent: f64,
     },
-    /// The rows `[tokens, top_k]` that a model has been seen to choose, in turn and then from the start again.
-    /// [`NO_EXPERT`] is allowed.
+    /// The rows `[tokens, top_k]` that a model has been seen to choose, in turn and then from the start
+    /// again. [`NO_EXPERT`] is allowed.
     Recorded {
         /// Row by row.
         ids: Vec<i32>,
@@ -92,8 +92,8 @@ pub struct SimulatedTopK {
     pub weights: Vec<f32>,
 }
 
-/// A source of top-k rows. The same arguments give the same rows; on another platform a near tie may fall otherwise,
-/// where its logarithm rounds differently.
+/// A source of top-k rows. The same arguments give the same rows; on another platform a near tie may fall
+/// otherwise, where its logarithm rounds differently.
 #[derive(Clone, Debug)]
 pub struct Simulator {
     distribution: Distribution,
@@ -196,8 +196,8 @@ fn check_recorded(ids: &[i32], top_k: usize, num_experts: usize) -> Result<(), S
     Ok(())
 }
 
-/// Steele, Lea and Flood's generator ("Fast splittable pseudorandom number generators", 2014): 64 bits of state,
-/// no dependency, the same everywhere.
+/// Steele, Lea and Flood's generator ("Fast splittable pseudorandom number generators", 2014): 64 bits of
+/// state, no dependency, the same everywhere.
 #[derive(Clone, Debug)]
 struct SplitMix64(u64);
 

@@ -84,7 +84,7 @@ const L: [f32; 4] = [0.0, 1.098_612_3, core::f32::consts::LN_2, -1.098_612_3];
 #[case::sigmoid_renorm(RoutingMethod::SigmoidRenorm, 2, &[1, 2], &[9.0 / 17.0, 8.0 / 17.0])]
 #[case::minimax2(RoutingMethod::MiniMax2, 2, &[1, 2], &[9.0 / 17.0, 8.0 / 17.0])]
 #[case::softmax(RoutingMethod::BiasedSoftmax, 1, &[1], &[3.0 / (1.0 + 3.0 + 2.0 + 1.0 / 3.0)])]
-#[case::sqrt_softplus(RoutingMethod::SqrtSoftplus, 3, &[1, 2, 0], &[1.177_410_0, 1.048_147_1, 0.832_554_6])]
+#[case::sqrt_softplus(RoutingMethod::SqrtSoftplus, 3, &[1, 2, 0], &[1.177_41, 1.048_147_1, 0.832_554_6])]
 fn formulas(
     #[case] method: RoutingMethod,
     #[case] top_k: usize,
