@@ -82,6 +82,10 @@ pub use ep_transport as transport;
 
 #[cfg(feature = "aiter")]
 pub use aiter_experts;
+#[cfg(feature = "batched")]
+pub use batched_comm;
+#[cfg(feature = "batched")]
+pub use batched_experts;
 #[cfg(feature = "mori")]
 pub use mori_comm;
 #[cfg(feature = "naive")]
@@ -101,7 +105,11 @@ pub fn default_backends() -> Registry {
     let registry = mori_comm::MoriBackend::ALL.into_iter().fold(registry, Registry::with_comm);
     #[cfg(feature = "naive")]
     let registry = registry.with_comm(naive_comm::AllGatherReduceScatter).with_comm(naive_comm::Naive);
+    #[cfg(feature = "batched")]
+    let registry = registry.with_comm(batched_comm::Batched);
     #[cfg(feature = "aiter")]
     let registry = registry.with_experts(aiter_experts::AiterExperts::default());
+    #[cfg(feature = "batched")]
+    let registry = registry.with_experts(batched_experts::BatchedExperts::default());
     registry
 }
