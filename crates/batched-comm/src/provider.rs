@@ -1,6 +1,8 @@
 //! The provider: what is offered, what it costs, and how a handle is built.
 
-use ep_transport::transport_of;
+use std::sync::Arc;
+
+use ep_transport::{ThreadGroup, ThreadOptions, Transport, transport_of};
 use fused_moe_core::{
     ActivationFormat, Axis, CombineKind, DType, DeviceKind, Error, KernelKind, MoeConfig, Plan, PrepareCaps,
     PrepareFinalize, PrepareFinalizeProvider, ProcessGroup, Result, Stage, Support, Unsupported, WireBytes,
@@ -53,8 +55,12 @@ impl PrepareFinalizeProvider for Batched {
 
     fn build(&self, config: &MoeConfig, plan: &Plan, group: &dyn ProcessGroup) -> Result<PrepareFinalize> {
         let contract = |why: String| Error::contract(Stage::QuantizeDispatch, NAME, why);
-        let transport = transport_of(group)
-            .ok_or_else(|| contract("the process group has no ep-transport underneath".to_string()))?;
+        let transport = match transport_of(group) {
+            Some(transport) => transport,
+            // One rank reaches its own memory in any group.
+            None if group.world_size() == 1 => alone()?,
+            None => return Err(contract("the process group has no ep-transport underneath".into())),
+        };
         if transport.world_size() != config.ep_size() {
             let (ranks, wanted) = (transport.world_size(), config.ep_size());
             return Err(contract(format!("the transport has {ranks} ranks, the placement {wanted}")));
@@ -62,6 +68,14 @@ impl PrepareFinalizeProvider for Batched {
         let handle = LowLatency::new(caps(config), config, plan, transport)?;
         Ok(PrepareFinalize::Modular(Box::new(handle)))
     }
+}
+
+/// The transport of a group of one rank.
+fn alone() -> Result<Arc<dyn Transport>> {
+    let made = ThreadGroup::new(1, ThreadOptions::default());
+    let ranks = made.map_err(|error| error.into_core(Stage::QuantizeDispatch, NAME, 0))?;
+    let mut ranks = ranks.into_iter().map(|rank| -> Arc<dyn Transport> { rank });
+    ranks.next().ok_or_else(|| Error::contract(Stage::QuantizeDispatch, NAME, "a group has no ranks"))
 }
 
 fn caps(config: &MoeConfig) -> PrepareCaps {

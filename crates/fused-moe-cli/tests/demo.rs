@@ -77,16 +77,19 @@ fn a_plan_names_every_pair_and_every_reason() {
             fmoe(plan(case, "--ep-size 8 --gpus-per-node 4 --all2all naive --json")).succeeded().json();
         assert_eq!(report["plan"]["all2all"], "naive", "{report}");
         let names = |key: &str| -> Vec<String> {
-            let pairs = report[key].as_array().unwrap().iter();
+            let pairs = report[key].as_array().unwrap().iter().filter(|pair| pair["experts"] == "aiter");
             pairs.map(|pair| pair["all2all"].as_str().unwrap().to_string()).collect()
         };
         assert_eq!(names("alternatives"), ["allgather_reducescatter"], "{report}");
         let mut rejected = names("rejected");
         rejected.sort();
-        assert_eq!(rejected, ["local", "mori_high_throughput", "mori_low_latency"], "{report}");
+        assert_eq!(rejected, ["batched", "local", "mori_high_throughput", "mori_low_latency"], "{report}");
         for pair in report["rejected"].as_array().unwrap() {
             let reasons = pair["reasons"].as_array().unwrap();
-            assert!(reasons.iter().any(|reason| reason["axis"] == "parallelism"), "{pair}");
+            let one_node = ["local", "mori_high_throughput", "mori_low_latency"];
+            let is_over_nodes = one_node.iter().any(|&name| pair["all2all"] == name);
+            let axis = if is_over_nodes { "parallelism" } else { "activation format" };
+            assert!(reasons.iter().any(|reason| reason["axis"] == axis), "{pair}");
             assert!(reasons.iter().all(|r| r["wanted"].is_string() && r["found"].is_string()), "{pair}");
         }
     }

@@ -16,7 +16,8 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 /// All dispatch backends that `fmoe run` names.
-pub const COMMS: [&str; 4] = ["mori_high_throughput", "mori_low_latency", "allgather_reducescatter", "naive"];
+pub const COMMS: [&str; 5] =
+    ["mori_high_throughput", "mori_low_latency", "allgather_reducescatter", "naive", "batched"];
 
 /// Longer than any command here takes; one that is still running then hangs.
 const DEADLINE: Duration = Duration::from_secs(120);
