@@ -173,8 +173,8 @@ impl Demo<'_> {
             ms(times.stages.combine),
             ms(times.total),
             human_bytes(done.traffic.remote_bytes as f64),
-            format!("{:.1e} {}", verdict.output, if verdict.passes() { "ok" } else { "TOO LARGE" }),
+            format!("{:.1e} {}", verdict.output, if verdict.passes { "ok" } else { "TOO LARGE" }),
         ];
-        Ok((row, verdict.passes()))
+        Ok((row, verdict.passes))
     }
 }

@@ -72,7 +72,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     } else {
         None
     };
-    let passes = verdict.is_none_or(|v| v.passes());
+    let passes = verdict.is_none_or(|v| v.passes);
     let staged = passes.then(|| file.stage(&done.output)).transpose().or_failed()?;
     let report = Report {
         layer: stored.index(),

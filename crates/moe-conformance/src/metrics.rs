@@ -74,7 +74,14 @@ pub struct TooFar {
     pub want: Vec<f64>,
 }
 
+/// Fewest rows of a batch of which one may be left out of the whole.
+const ROWS_FOR_A_FLIP: usize = 8;
+
 /// Compares `[rows, hidden]` with the oracle's: the whole within `allowed`, every row within ten times as much.
+///
+/// The rows of a layer differ much in size, so that one of them can make up most of the whole; if an activation of
+/// just that row lies on a rounding boundary of FP8, the whole is as far off as the row. In a batch of eight rows or
+/// more the whole is therefore also good without the row that is furthest off.
 ///
 /// # Errors
 /// [`TooFar`], with the worst row.
@@ -92,7 +99,8 @@ pub fn compare(got: &[f32], want: &[f64], hidden: usize, allowed: f64) -> Result
     });
     let worst = measured.max_by(|a, b| a.1.total_cmp(&b.1));
     let (row, row_error) = worst.unwrap_or((0, 0.0));
-    if error <= allowed && row_error <= ROW_FACTOR * allowed {
+    let whole_fits = error <= allowed || without_furthest_row(got, want, hidden) <= allowed;
+    if whole_fits && row_error <= ROW_FACTOR * allowed {
         return Ok(error);
     }
     let (first, last) = (row * hidden, (row * hidden + 4).min(got.len()));
@@ -105,6 +113,27 @@ pub fn compare(got: &[f32], want: &[f64], hidden: usize, allowed: f64) -> Result
         got: got.get(first..last).unwrap_or_default().to_vec(),
         want: want.get(first..last).unwrap_or_default().to_vec(),
     }))
+}
+
+/// [`relative_l2`] without the row that adds most to it; infinite for a batch of few rows.
+fn without_furthest_row(got: &[f32], want: &[f64], hidden: usize) -> f64 {
+    if got.len() != want.len() || got.len() < ROWS_FOR_A_FLIP * hidden.max(1) {
+        return f64::INFINITY;
+    }
+    let rows = got.chunks(hidden).zip(want.chunks(hidden));
+    let squares = rows.map(|(got, want)| {
+        let error: f64 = got.iter().zip(want).map(|(&g, w)| (f64::from(g) - w).powi(2)).sum();
+        (error, want.iter().map(|w| w * w).sum::<f64>())
+    });
+    let (mut error, mut norm, mut furthest) = (0.0, 0.0, (0.0, 0.0));
+    for (row_error, row_norm) in squares {
+        (error, norm) = (error + row_error, norm + row_norm);
+        if row_error > furthest.0 {
+            furthest = (row_error, row_norm);
+        }
+    }
+    let left = ((error - furthest.0).max(0.0) / (norm - furthest.1)).sqrt();
+    if left.is_nan() { f64::INFINITY } else { left }
 }
 
 #[cfg(test)]
@@ -122,5 +151,21 @@ mod tests {
         one_row_missing[8..16].fill(0.0);
         let far = compare(&one_row_missing, &want, 8, 0.05).expect_err("a row is missing");
         assert_eq!((far.row, far.row_error), (1, 1.0));
+    }
+
+    #[test]
+    fn one_row_of_many_may_be_off_by_a_code() {
+        // Row 3 makes up nearly all of the batch and is off by 3 %; two such rows are too many.
+        let mut want = vec![1.0; 16 * 8];
+        want[24..32].fill(100.0);
+        let mut got: Vec<f32> = want.iter().map(|&x| x as f32).collect();
+        got[24..32].fill(103.0);
+        assert!(compare(&got, &want, 8, 0.015).is_ok());
+        assert!(compare(&got[24..40], &want[24..40], 8, 0.015).is_err(), "a batch of two rows");
+        got[24..32].fill(120.0);
+        assert!(compare(&got, &want, 8, 0.015).is_err(), "a row that is wrong");
+        got[24..32].fill(103.0);
+        got[32..40].fill(1.1);
+        assert!(compare(&got, &want, 8, 0.015).is_err(), "two rows");
     }
 }
