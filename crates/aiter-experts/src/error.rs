@@ -12,19 +12,6 @@ use crate::NAME;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum AiterError {
-    /// A plan that this backend did not negotiate.
-    #[error("the plan {what} {found}, needs {wanted}")]
-    Plan {
-        /// The part of the plan.
-        what: &'static str,
-        /// What this backend runs.
-        wanted: String,
-        /// What the plan says.
-        found: String,
-    },
-    /// A configuration that the backend refuses.
-    #[error("the configuration is not supported: {0}")]
-    Refused(String),
     /// More rows than the kernel was built for, or than token ids can number.
     #[error("{rows} rows were received, at most {max} are possible")]
     TooManyRows {

@@ -2,18 +2,19 @@
 
 use fused_moe_core::{
     Arrived, Dispatched, ExecCx, ExpertMask, ExpertWeights, ExpertsCaps, ExpertsModular, MoeConfig, Plan,
-    Rank, Result, RouterWeight, TensorViewMut, WireFormat,
+    Rank, Result, TensorViewMut, WireFormat,
 };
 use grouped_gemm::experts::ExpertsError;
 use grouped_gemm::experts::{
     CodeSizes, Codes, Gemms, PackedExperts, PackedGemms, Pitched, PitchedMut, Scheme, WeightLayout,
+    check_plan,
 };
 use grouped_gemm::{Activations, Bf16Rows, Epilogue, Executor, F32Rows, Group, GroupedGemm, PackedWeight};
 use half::bf16;
 
 use crate::moe_sorting::{MAX_TOKENS, MoeSorting, SortedTokens};
 use crate::reduce::sum_slots;
-use crate::scheme::{Supported, caps};
+use crate::scheme::{caps, supported};
 use crate::workspace::Sizes;
 use crate::{AiterError, NAME};
 
@@ -22,7 +23,7 @@ const BLOCK_M: std::num::NonZeroUsize = std::num::NonZeroUsize::MIN;
 
 /// Sizes of every temporary of a kernel for `plan`, the same on every rank: those of the rank with most experts.
 pub(crate) fn sizes(config: &MoeConfig, plan: &Plan, executor: &Executor) -> Result<Sizes, AiterError> {
-    let scheme = Supported::of(config)?.scheme;
+    let scheme = supported(config)?.scheme;
     let ranks = (0..config.ep_size() as u32).map(Rank);
     let busiest = ranks.max_by_key(|&rank| config.placement.num_local_experts(rank)).unwrap_or(Rank(0));
     let sorting = MoeSorting::new(&ExpertMask::new(&config.placement, busiest), config.top_k, BLOCK_M)?;
@@ -70,9 +71,12 @@ impl AiterKernel {
         rank: Rank,
         executor: Executor,
     ) -> Result<Self, AiterError> {
-        let supported = Supported::of(config)?;
+        let supported = supported(config)?;
         let caps = caps(config);
         check_plan(plan, &caps)?;
+        if plan.max_rows() >= MAX_TOKENS {
+            return Err(AiterError::TooManyRows { rows: plan.max_rows(), max: MAX_TOKENS - 1 });
+        }
         let layout = WeightLayout::new(supported.scheme, config, rank);
         let sorting = MoeSorting::new(&ExpertMask::new(&config.placement, rank), config.top_k, BLOCK_M)?;
         let sizes = sizes(config, plan, &executor)?;
@@ -213,30 +217,4 @@ impl ExpertsModular for AiterKernel {
     ) -> Result<()> {
         Ok(self.run(cx, weights, input, out)?)
     }
-}
-
-/// Refuses a plan that was negotiated with other experts or with other capabilities.
-fn check_plan(plan: &Plan, caps: &ExpertsCaps) -> Result<(), AiterError> {
-    let refused =
-        |what, wanted: &str, found: String| Err(AiterError::Plan { what, wanted: wanted.to_string(), found });
-    if plan.experts() != NAME {
-        return refused("is for the experts", NAME, plan.experts().into());
-    }
-    if plan.format() != caps.format {
-        return refused("has the activation format", caps.format.name(), plan.format().name().into());
-    }
-    if !plan.weight_and_reduce().is_no_op() {
-        return refused("weights and reduces by", "no-op", plan.weight_and_reduce().name().into());
-    }
-    if plan.router_weight() == RouterWeight::OnInputByExperts {
-        return refused("applies the routing weight", "elsewhere", "in the experts, on the input".into());
-    }
-    if !caps.accepts.contains(&plan.wire()) {
-        let accepts: Vec<_> = caps.accepts.iter().map(ToString::to_string).collect();
-        return refused("dispatches", &accepts.join(" or "), plan.wire().to_string());
-    }
-    if plan.max_rows() >= MAX_TOKENS {
-        return refused("receives", &format!("fewer than {MAX_TOKENS} rows"), plan.max_rows().to_string());
-    }
-    Ok(())
 }

@@ -8,7 +8,7 @@ use grouped_gemm::Executor;
 use grouped_gemm::experts::PackedExperts;
 
 use crate::kernel::{AiterKernel, sizes};
-use crate::scheme::{Supported, caps};
+use crate::scheme::{caps, resolve, supported};
 use crate::{AiterError, NAME};
 
 /// Makes host experts with AITER's contract, named `aiter`.
@@ -45,7 +45,7 @@ impl ExpertsProvider for AiterExperts {
     }
 
     fn supports(&self, config: &MoeConfig) -> Support<ExpertsCaps> {
-        match Supported::resolve(config) {
+        match resolve(config) {
             Ok(_) => Support::Supported(caps(config)),
             Err(reasons) => Support::Unsupported(reasons),
         }
@@ -62,7 +62,7 @@ impl ExpertsProvider for AiterExperts {
 
     fn pack(&self, config: &MoeConfig, rank: Rank, experts: &[ExpertMatrices<'_>]) -> Result<ExpertWeights> {
         check_expert_count(NAME, config, rank, experts)?;
-        let scheme = Supported::of(config)?.scheme;
+        let scheme = supported(config).map_err(AiterError::from)?.scheme;
         let packed = PackedExperts::pack(scheme, config, rank, experts).map_err(AiterError::from)?;
         Ok(packed.into_weights(NAME))
     }

@@ -1,71 +1,37 @@
 //! Which configurations this backend runs, and how it runs their quantisation scheme.
 
-use fused_moe_core::{Axis, DType, DeviceKind, ExpertsCaps, MoeConfig, Unsupported, WireFormat};
-use grouped_gemm::Epilogue;
-use grouped_gemm::experts::{Scheme, epilogue};
+use fused_moe_core::{Axis, ExpertsCaps, MoeConfig, Unsupported};
+use grouped_gemm::experts::{ExpertsError, Supported, accepted_wires};
 
+use crate::NAME;
 use crate::moe_sorting::{MAX_TOKENS, MAX_TOP_K};
-use crate::{AiterError, NAME};
 
-/// A configuration that this backend runs.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Supported {
-    pub(crate) scheme: Scheme,
-    pub(crate) epilogue: Epilogue,
+/// Resolves `config`, or says everything that is against it.
+pub(crate) fn resolve(config: &MoeConfig) -> Result<Supported, Vec<Unsupported>> {
+    Supported::resolve(config, own_limits(config))
 }
 
-impl Supported {
-    /// Resolves `config`, or says everything that is against it.
-    pub(crate) fn resolve(config: &MoeConfig) -> Result<Self, Vec<Unsupported>> {
-        let mut why = Vec::new();
-        let mut no = |axis, wanted: &str, offered: String| why.push(Unsupported::new(axis, wanted, offered));
-        if config.device != DeviceKind::Host {
-            no(Axis::Device, "the host", format!("{:?}", config.device));
-        }
-        if config.in_dtype != DType::Bf16 {
-            no(Axis::DType, "bf16 hidden states", config.in_dtype.to_string());
-        }
-        if config.top_k > MAX_TOP_K {
-            no(Axis::Shape, &format!("top_k of at most {MAX_TOP_K}"), config.top_k.to_string());
-        }
-        let rows = config.max_tokens_per_rank.saturating_mul(config.ep_size());
-        if rows >= MAX_TOKENS {
-            no(Axis::Shape, &format!("fewer than {MAX_TOKENS} tokens over all ranks"), rows.to_string());
-        }
-        let epilogue = epilogue(config.activation);
-        if epilogue.is_none() {
-            no(Axis::Activation, "silu", config.activation.name().into());
-        }
-        let scheme = Scheme::of(config.quant);
-        if scheme.is_none() {
-            let wanted = "none, fp8-block, fp8-ptpc or dynamic fp8-per-tensor in e4m3fn or e4m3fnuz";
-            no(Axis::Quant, wanted, config.quant.to_string());
-        }
-        match (scheme, epilogue) {
-            (Some(scheme), Some(epilogue)) if why.is_empty() => Ok(Self { scheme, epilogue }),
-            _ => Err(why),
-        }
-    }
+/// The same, with one error that lists all reasons.
+pub(crate) fn supported(config: &MoeConfig) -> Result<Supported, ExpertsError> {
+    Supported::of(config, own_limits(config))
+}
 
-    /// The same, with one error that lists all reasons, those that no backend could accept included.
-    pub(crate) fn of(config: &MoeConfig) -> Result<Self, AiterError> {
-        let mut reasons = config.contradictions();
-        match Self::resolve(config) {
-            Ok(supported) if reasons.is_empty() => return Ok(supported),
-            Ok(_) => {}
-            Err(more) => reasons.extend(more),
-        }
-        let reasons: Vec<String> = reasons.iter().map(ToString::to_string).collect();
-        Err(AiterError::Refused(reasons.join("; ")))
+/// What the sorted token ids cannot number.
+fn own_limits(config: &MoeConfig) -> Vec<Unsupported> {
+    let mut why = Vec::new();
+    if config.top_k > MAX_TOP_K {
+        let wanted = format!("top_k of at most {MAX_TOP_K}");
+        why.push(Unsupported::new(Axis::Shape, wanted, config.top_k.to_string()));
     }
+    let rows = config.max_tokens_per_rank.saturating_mul(config.ep_size());
+    if rows >= MAX_TOKENS {
+        let wanted = format!("fewer than {MAX_TOKENS} tokens over all ranks");
+        why.push(Unsupported::new(Axis::Shape, wanted, rows.to_string()));
+    }
+    why
 }
 
 /// The capabilities under a configuration that is supported.
 pub(crate) fn caps(config: &MoeConfig) -> ExpertsCaps {
-    let mut accepts = vec![config.quant.quantized_wire(config.in_dtype)];
-    let unquantized = WireFormat::unquantized(config.in_dtype);
-    if !accepts.contains(&unquantized) {
-        accepts.push(unquantized);
-    }
-    ExpertsCaps::host(NAME, accepts)
+    ExpertsCaps::host(NAME, accepted_wires(config))
 }

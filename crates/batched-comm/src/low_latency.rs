@@ -22,10 +22,10 @@ use fused_moe_core::{
     Allocation, Arrived, DType, Device, Dispatched, Error, ExecCx, ExpertOut, Fault, GlobalExpertId, Layout,
     LocalExpertId, MoeConfig, Outstanding, Plan, PrepareAndFinalizeModular, PrepareCaps, PrepareInput, Rank,
     Result, Routed, RouterWeight, Routing, Sent, Source, Stage, TensorView, TensorViewMut, TicketLedger,
-    TokensPerExpert, ViewError, phase,
+    TokensPerExpert, ViewError, check_output, phase,
 };
 use half::bf16;
-use quant::{Activations, Isa, QuantError, Quantizer};
+use quant::{Activations, QuantError, Quantizer};
 
 use crate::NAME;
 use crate::buffers::{Buffers, Region, Shape};
@@ -79,13 +79,8 @@ impl LowLatency {
         plan: &Plan,
         transport: Arc<dyn Transport>,
     ) -> Result<Self> {
-        let quantizer = match config.quant.fp8() {
-            Some(format) if plan.wire().scale.is_some() => {
-                Quantizer::for_wire(Isa::detect(), plan.wire(), format)
-                    .map_err(|e| Error::contract(Stage::QuantizeDispatch, NAME, e))?
-            }
-            _ => Quantizer::for_scheme(fused_moe_core::QuantScheme::Unquantized),
-        };
+        let quantizer = Quantizer::for_dispatch(plan.wire(), config.quant)
+            .map_err(|e| Error::contract(Stage::QuantizeDispatch, NAME, e))?;
         let shape = Shape::new(config, plan);
         let buffers = Buffers::new(&shape);
         let heap = transport
@@ -397,7 +392,7 @@ impl PrepareAndFinalizeModular for LowLatency {
         let returned = put.and_then(|()| {
             self.heap.fence();
             let (board, round) = (self.buffers.returned, sent.round());
-            self.ranks().try_for_each(|to| board.post(&*self.heap, to, round, status))?;
+            board.post_all(&*self.heap, round, status)?;
             self.heap.quiet(self.transport.deadline())
         });
         returned.map_err(|e| self.broken(e, Stage::Combine))?;
@@ -420,16 +415,10 @@ impl PrepareAndFinalizeModular for LowLatency {
             return Err(self.ledger.fail_finalize(routing, rank, fault));
         }
         // The peers have all they need of this rank, so an output that does not fit is this rank's affair alone.
-        let wanted = [routing.num_tokens(), self.shape.hidden];
-        let fits = out.dims() == wanted && (out.dtype() == DType::F32 || out.dtype() == self.config.in_dtype);
-        let combined = match routing.num_tokens() {
-            0 => Ok(()),
-            _ if fits => self.combine(&routing, &mut out).map_err(|e| self.contract(Stage::Combine, e)),
-            _ => {
-                let (dims, dtype) = (out.dims(), out.dtype());
-                Err(self.contract(Stage::Combine, format!("output is {dims:?} of {dtype}, needs {wanted:?}")))
-            }
-        };
+        let combined = check_output(&self.config, routing.num_tokens(), &out)
+            .map_err(Into::into)
+            .and_then(|()| self.combine(&routing, &mut out))
+            .map_err(|why| self.contract(Stage::Combine, why));
         self.ledger.close(routing);
         combined
     }
@@ -441,11 +430,8 @@ impl Drop for LowLatency {
     fn drop(&mut self) {
         let round = self.ledger.round();
         if let Some(Outstanding::PrepareSent(_) | Outstanding::Dispatched(_)) = self.ledger.outstanding() {
-            let abandoned = Status::failed(Fault::Abandoned);
-            for to in self.ranks() {
-                // A peer that cannot be told is one that is gone.
-                let _ = self.buffers.returned.post(&*self.heap, to, round, abandoned);
-            }
+            // A peer that cannot be told is one that is gone.
+            let _ = self.buffers.returned.post_all(&*self.heap, round, Status::failed(Fault::Abandoned));
         }
     }
 }

@@ -12,19 +12,6 @@ use crate::NAME;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BatchedError {
-    /// A plan that this backend did not negotiate.
-    #[error("the plan {what} {found}, needs {wanted}")]
-    Plan {
-        /// The part of the plan.
-        what: &'static str,
-        /// What this backend runs.
-        wanted: String,
-        /// What the plan says.
-        found: String,
-    },
-    /// A configuration that the backend refuses.
-    #[error("the configuration is not supported: {0}")]
-    Refused(String),
     /// An expert with a negative number of rows or more than its batch has room for.
     #[error("local expert {expert} has {count} rows, its batch has room for {max}")]
     RowsOfExpert {

@@ -6,17 +6,18 @@
 
 use fused_moe_core::{
     Arrived, DType, Dispatched, ExecCx, ExpertWeights, ExpertsCaps, ExpertsModular, MoeConfig, Plan, Rank,
-    Result, RouterWeight, TensorView, TensorViewMut, WireFormat,
+    Result, TensorView, TensorViewMut, WireFormat,
 };
 use grouped_gemm::experts::{
     Codes, ExpertsError, Gemms, PackedExperts, PackedGemms, Pitched, Scaling, Scheme, WeightLayout,
+    check_plan,
 };
 use grouped_gemm::{
     ActivationScale, Activations, Bf16Rows, Epilogue, Executor, Group, GroupedGemm, PackedWeight,
 };
 use half::bf16;
 
-use crate::scheme::{MAX_ROWS, Supported, caps, most_local_experts};
+use crate::scheme::{MAX_ROWS, caps, most_local_experts, supported};
 use crate::workspace::Sizes;
 use crate::{BatchedError, NAME};
 
@@ -59,7 +60,7 @@ struct Between<'a> {
 
 /// Sizes of the temporaries of a kernel for `plan`, the same on every rank.
 pub(crate) fn sizes(config: &MoeConfig, plan: &Plan, executor: &Executor) -> Result<Sizes, BatchedError> {
-    Ok(Sizes::new(config, plan, Supported::of(config)?.scheme, executor.scratch_bytes()))
+    Ok(Sizes::new(config, plan, supported(config)?.scheme, executor.scratch_bytes()))
 }
 
 impl BatchedKernel {
@@ -69,9 +70,13 @@ impl BatchedKernel {
         rank: Rank,
         executor: Executor,
     ) -> Result<Self, BatchedError> {
-        let supported = Supported::of(config)?;
+        let supported = supported(config)?;
         let caps = caps(config);
-        check_plan(config, plan, &caps)?;
+        check_plan(plan, &caps)?;
+        let rows = plan.max_rows().saturating_mul(most_local_experts(config));
+        if rows >= MAX_ROWS {
+            return Err(BatchedError::TooManyRows { rows, max: MAX_ROWS - 1 });
+        }
         let layout = WeightLayout::new(supported.scheme, config, rank);
         let sizes = sizes(config, plan, &executor)?;
         let (wire, isa, max_rows) = (plan.wire(), executor.isa(), plan.max_rows());
@@ -270,32 +275,4 @@ impl ExpertsModular for BatchedKernel {
     ) -> Result<()> {
         Ok(self.run(cx, weights, input, out)?)
     }
-}
-
-/// Refuses a plan that was negotiated with other experts or with other capabilities.
-fn check_plan(config: &MoeConfig, plan: &Plan, caps: &ExpertsCaps) -> Result<(), BatchedError> {
-    let refused = |what, wanted: &str, found: String| {
-        Err(BatchedError::Plan { what, wanted: wanted.to_string(), found })
-    };
-    if plan.experts() != NAME {
-        return refused("is for the experts", NAME, plan.experts().into());
-    }
-    if plan.format() != caps.format {
-        return refused("has the activation format", caps.format.name(), plan.format().name().into());
-    }
-    if !plan.weight_and_reduce().is_delegate() {
-        return refused("weights and reduces by", "delegate", plan.weight_and_reduce().name().into());
-    }
-    if plan.router_weight() == RouterWeight::OnInputByExperts {
-        return refused("applies the routing weight", "elsewhere", "in the experts, on the input".into());
-    }
-    if !caps.accepts.contains(&plan.wire()) {
-        let accepts: Vec<_> = caps.accepts.iter().map(ToString::to_string).collect();
-        return refused("dispatches", &accepts.join(" or "), plan.wire().to_string());
-    }
-    let rows = plan.max_rows().saturating_mul(most_local_experts(config));
-    if rows >= MAX_ROWS {
-        return refused("receives", &format!("fewer than {MAX_ROWS} rows on a rank"), rows.to_string());
-    }
-    Ok(())
 }

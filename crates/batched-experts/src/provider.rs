@@ -8,7 +8,7 @@ use grouped_gemm::Executor;
 use grouped_gemm::experts::PackedExperts;
 
 use crate::kernel::{BatchedKernel, sizes};
-use crate::scheme::{Supported, caps};
+use crate::scheme::{caps, resolve, supported};
 use crate::{BatchedError, NAME};
 
 /// Makes host experts on the batched format, named `batched`.
@@ -45,7 +45,7 @@ impl ExpertsProvider for BatchedExperts {
     }
 
     fn supports(&self, config: &MoeConfig) -> Support<ExpertsCaps> {
-        match Supported::resolve(config) {
+        match resolve(config) {
             Ok(_) => Support::Supported(caps(config)),
             Err(reasons) => Support::Unsupported(reasons),
         }
@@ -62,7 +62,7 @@ impl ExpertsProvider for BatchedExperts {
 
     fn pack(&self, config: &MoeConfig, rank: Rank, experts: &[ExpertMatrices<'_>]) -> Result<ExpertWeights> {
         check_expert_count(NAME, config, rank, experts)?;
-        let scheme = Supported::of(config)?.scheme;
+        let scheme = supported(config).map_err(BatchedError::from)?.scheme;
         let packed = PackedExperts::pack(scheme, config, rank, experts).map_err(BatchedError::from)?;
         Ok(packed.into_weights(NAME))
     }

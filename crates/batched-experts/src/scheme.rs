@@ -1,76 +1,39 @@
 //! Which configurations this backend runs.
 
 use fused_moe_core::{
-    ActivationFormat, Axis, DType, DeviceKind, ExpertsCaps, MoeConfig, Rank, TopKWeightAndReduce,
-    Unsupported, WireFormat,
+    ActivationFormat, Axis, ExpertsCaps, MoeConfig, Rank, TopKWeightAndReduce, Unsupported,
 };
-use grouped_gemm::Epilogue;
-use grouped_gemm::experts::{Scheme, epilogue};
+use grouped_gemm::experts::{ExpertsError, Supported, accepted_wires};
 
-use crate::{BatchedError, NAME};
+use crate::NAME;
 
 /// Rows of all batches of a rank must be fewer than this: they are numbered by `u32`.
 pub(crate) const MAX_ROWS: usize = u32::MAX as usize;
 
-/// A configuration that this backend runs.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Supported {
-    pub(crate) scheme: Scheme,
-    pub(crate) epilogue: Epilogue,
+/// Resolves `config`, or says everything that is against it.
+pub(crate) fn resolve(config: &MoeConfig) -> Result<Supported, Vec<Unsupported>> {
+    Supported::resolve(config, own_limits(config))
 }
 
-impl Supported {
-    /// Resolves `config`, or says everything that is against it.
-    pub(crate) fn resolve(config: &MoeConfig) -> Result<Self, Vec<Unsupported>> {
-        let mut why = Vec::new();
-        let mut no = |axis, wanted: &str, offered: String| why.push(Unsupported::new(axis, wanted, offered));
-        if config.device != DeviceKind::Host {
-            no(Axis::Device, "the host", format!("{:?}", config.device));
-        }
-        if config.in_dtype != DType::Bf16 {
-            no(Axis::DType, "bf16 hidden states", config.in_dtype.to_string());
-        }
-        let rows = config.max_tokens_per_rank.saturating_mul(config.ep_size());
-        let rows = rows.saturating_mul(most_local_experts(config));
-        if rows >= MAX_ROWS {
-            no(Axis::Shape, &format!("fewer than {MAX_ROWS} rows on a rank"), rows.to_string());
-        }
-        let epilogue = epilogue(config.activation);
-        if epilogue.is_none() {
-            no(Axis::Activation, "silu", config.activation.name().into());
-        }
-        let scheme = Scheme::of(config.quant);
-        if scheme.is_none() {
-            let wanted = "none, fp8-block, fp8-ptpc or dynamic fp8-per-tensor in e4m3fn or e4m3fnuz";
-            no(Axis::Quant, wanted, config.quant.to_string());
-        }
-        match (scheme, epilogue) {
-            (Some(scheme), Some(epilogue)) if why.is_empty() => Ok(Self { scheme, epilogue }),
-            _ => Err(why),
-        }
-    }
+/// The same, with one error that lists all reasons.
+pub(crate) fn supported(config: &MoeConfig) -> Result<Supported, ExpertsError> {
+    Supported::of(config, own_limits(config))
+}
 
-    /// The same, with one error that lists all reasons, those that no backend could accept included.
-    pub(crate) fn of(config: &MoeConfig) -> Result<Self, BatchedError> {
-        let mut reasons = config.contradictions();
-        match Self::resolve(config) {
-            Ok(supported) if reasons.is_empty() => return Ok(supported),
-            Ok(_) => {}
-            Err(more) => reasons.extend(more),
-        }
-        let reasons: Vec<String> = reasons.iter().map(ToString::to_string).collect();
-        Err(BatchedError::Refused(reasons.join("; ")))
+/// More rows than can be numbered.
+fn own_limits(config: &MoeConfig) -> Vec<Unsupported> {
+    let rows = config.max_tokens_per_rank.saturating_mul(config.ep_size());
+    let rows = rows.saturating_mul(most_local_experts(config));
+    if rows < MAX_ROWS {
+        return Vec::new();
     }
+    let wanted = format!("fewer than {MAX_ROWS} rows on a rank");
+    vec![Unsupported::new(Axis::Shape, wanted, rows.to_string())]
 }
 
 /// The capabilities under a configuration that is supported.
 pub(crate) fn caps(config: &MoeConfig) -> ExpertsCaps {
-    let mut accepts = vec![config.quant.quantized_wire(config.in_dtype)];
-    let unquantized = WireFormat::unquantized(config.in_dtype);
-    if !accepts.contains(&unquantized) {
-        accepts.push(unquantized);
-    }
-    let mut caps = ExpertsCaps::host(NAME, accepts);
+    let mut caps = ExpertsCaps::host(NAME, accepted_wires(config));
     caps.format = ActivationFormat::BatchedExperts;
     caps.weight_and_reduce = TopKWeightAndReduce::delegate();
     caps

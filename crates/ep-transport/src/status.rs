@@ -68,6 +68,20 @@ impl StatusBoard {
         heap.signal_set(to, Signal { word: slot + (WORDS - 1), value: round })
     }
 
+    /// Tells every rank the same, this one last: the others start early, and not all with the same one.
+    ///
+    /// # Errors
+    /// As [`StatusBoard::post`]; every rank is told that can be.
+    pub fn post_all(&self, heap: &dyn Heap, round: u64, status: Status) -> Result<()> {
+        let me = heap.rank().index();
+        let mut told = Ok(());
+        for distance in 1..=self.world_size {
+            let to = Rank(((me + distance) % self.world_size) as u32);
+            told = told.and(self.post(heap, to, round, status));
+        }
+        told
+    }
+
     /// Waits for the status of `from` in round `round`.
     ///
     /// # Errors

@@ -94,7 +94,7 @@ pub use ticket::{Outstanding, Routed, Routing, Sent, TicketLedger, phase};
 
 pub use prepare_finalize::{
     Arrived, Dispatched, DispatchedMonolithic, ExpertOut, MonolithicInput, PrepareAndFinalizeModular,
-    PrepareAndFinalizeMonolithic, PrepareInput, ReceivedRows, TokensPerExpert,
+    PrepareAndFinalizeMonolithic, PrepareInput, ReceivedRows, TokensPerExpert, check_output,
 };
 
 pub use experts::{

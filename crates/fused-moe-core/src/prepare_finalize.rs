@@ -3,6 +3,7 @@
 //! Four phases, because that is what the hardware does: each half is started by a send and ended by a receive,
 //! and other work may run in between. One value is one micro-batch in flight.
 
+use crate::config::MoeConfig;
 use crate::dtype::DType;
 use crate::error::{ErrorKind, Result};
 use crate::exec::ExecCx;
@@ -109,6 +110,19 @@ pub enum ExpertOut<'a> {
     Lent(TensorView<'a>),
     /// Nowhere: this rank failed after its dispatch.
     Failed(Fault),
+}
+
+/// Whether `out` can take the outputs of `tokens` tokens: `[tokens, hidden]` f32 or the configuration's element type.
+/// A round without tokens writes nothing, so it takes any `out`.
+///
+/// # Errors
+/// What `out` is and what it must be.
+pub fn check_output(config: &MoeConfig, tokens: usize, out: &TensorViewMut<'_>) -> Result<(), String> {
+    let (dims, dtype, hidden) = (out.dims(), out.dtype(), config.hidden);
+    if tokens == 0 || (dims == [tokens, hidden] && (dtype == DType::F32 || dtype == config.in_dtype)) {
+        return Ok(());
+    }
+    Err(format!("output is {dims:?} of {dtype}, needs [{tokens}, {hidden}] of f32 or {}", config.in_dtype))
 }
 
 macro_rules! settle {

@@ -16,10 +16,12 @@ mod quantize;
 mod rows;
 mod scheme;
 mod scratch;
+mod support;
 mod weights;
 
 pub use error::ExpertsError;
 pub use scheme::{Fp8Scheme, Scaling, Scheme, epilogue};
+pub use support::{Supported, accepted_wires, check_plan};
 
 pub use weights::{Gemms, PackedExperts, PackedGemms, WeightLayout};
 

@@ -6,10 +6,10 @@ use ep_transport::{Heap, Signal, Status, Transport, TransportError};
 use fused_moe_core::{
     Arrived, DType, Dispatched, Error, ExecCx, ExpertOut, Fault, MoeConfig, Outstanding, Plan,
     PrepareAndFinalizeModular, PrepareCaps, PrepareInput, Rank, ReceivedRows, Result, Routed, RouterWeight,
-    Routing, Sent, Stage, TensorView, TensorViewMut, TicketLedger, TopK, ViewError, phase,
+    Routing, Sent, Stage, TensorView, TensorViewMut, TicketLedger, TopK, ViewError, check_output, phase,
 };
 use half::bf16;
-use quant::{Activations, Isa, Quantizer};
+use quant::{Activations, Quantizer};
 
 use crate::buffers::{Buffers, Rows};
 
@@ -68,13 +68,8 @@ impl IntraNode {
         let backend = caps.name;
         let failed = |error: TransportError| error.into_core(Stage::QuantizeDispatch, backend, 0);
         let contract = |why: String| Error::contract(Stage::QuantizeDispatch, backend, why);
-        let quantizer = match config.quant.fp8() {
-            Some(format) if plan.wire().scale.is_some() => {
-                Quantizer::for_wire(Isa::detect(), plan.wire(), format)
-                    .map_err(|e| contract(e.to_string()))?
-            }
-            _ => Quantizer::for_scheme(fused_moe_core::QuantScheme::Unquantized),
-        };
+        let quantizer =
+            Quantizer::for_dispatch(plan.wire(), config.quant).map_err(|e| contract(e.to_string()))?;
         let buffers = Buffers::new(config, plan);
         let heap = transport.allocate(buffers.layout().size(), transport.deadline()).map_err(failed)?;
         let mut peers = Vec::with_capacity(config.ep_size());
@@ -397,8 +392,7 @@ impl PrepareAndFinalizeModular for IntraNode {
             }),
         };
         let status = fault.map_or(Status::done(0), Status::failed);
-        let posted =
-            self.ranks().try_for_each(|to| self.buffers.ready.post(&*self.heap, to, sent.round(), status));
+        let posted = self.buffers.ready.post_all(&*self.heap, sent.round(), status);
         posted.map_err(|e| e.into_round(&mut self.ledger, Stage::Combine, self.caps.name))?;
         Ok(sent)
     }
@@ -420,16 +414,10 @@ impl PrepareAndFinalizeModular for IntraNode {
             return Err(self.ledger.fail_finalize(routing, rank, fault));
         }
         // The peers have all they need of this rank, so an output that does not fit is this rank's affair alone.
-        let wanted = [routing.num_tokens(), self.config.hidden];
-        let fits = out.dims() == wanted && (out.dtype() == DType::F32 || out.dtype() == self.config.in_dtype);
-        let combined = match routing.num_tokens() {
-            0 => Ok(()),
-            _ if fits => self.combine(&routing, &mut out).map_err(|e| self.contract(Stage::Combine, e)),
-            _ => {
-                let (dims, dtype) = (out.dims(), out.dtype());
-                Err(self.contract(Stage::Combine, format!("output is {dims:?} of {dtype}, needs {wanted:?}")))
-            }
-        };
+        let combined = check_output(&self.config, routing.num_tokens(), &out)
+            .map_err(Into::into)
+            .and_then(|()| self.combine(&routing, &mut out).map_err(fused_moe_core::Source::from))
+            .map_err(|why| self.contract(Stage::Combine, why));
         self.ledger.close(routing);
         combined
     }
@@ -441,11 +429,8 @@ impl Drop for IntraNode {
     fn drop(&mut self) {
         let round = self.ledger.round();
         if let Some(Outstanding::PrepareSent(_) | Outstanding::Dispatched(_)) = self.ledger.outstanding() {
-            let abandoned = Status::failed(Fault::Abandoned);
-            for to in self.ranks() {
-                // A peer that cannot be told is one that is gone.
-                let _ = self.buffers.ready.post(&*self.heap, to, round, abandoned);
-            }
+            // A peer that cannot be told is one that is gone.
+            let _ = self.buffers.ready.post_all(&*self.heap, round, Status::failed(Fault::Abandoned));
         }
     }
 }

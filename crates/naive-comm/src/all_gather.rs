@@ -168,7 +168,7 @@ impl AllGather {
     }
 
     fn post_to_all(&self, board: StatusBoard, round: u64, status: Status) -> Result<()> {
-        self.ranks().try_for_each(|to| board.post(&*self.heap, to, round, status))
+        board.post_all(&*self.heap, round, status)
     }
 
     /// First row and number of rows of `rank` in this round.

@@ -2,13 +2,13 @@
 
 use ep_transport::{Status, TransportError};
 use fused_moe_core::{
-    Arrived, DType, Device, Dispatched, DispatchedMonolithic, Error, ExecCx, ExpertOut, Fault, Fp8Format,
-    MoeConfig, MonolithicInput, Plan, PrepareAndFinalizeModular, PrepareAndFinalizeMonolithic, PrepareCaps,
+    Arrived, DType, Device, Dispatched, DispatchedMonolithic, Error, ExecCx, ExpertOut, Fault, MoeConfig,
+    MonolithicInput, Plan, PrepareAndFinalizeModular, PrepareAndFinalizeMonolithic, PrepareCaps,
     PrepareInput, Rank, ReceivedRows, Result, Routed, RouterWeight, Routing, Sent, Source, Stage, TensorView,
     TensorViewMut, TicketLedger, TopK, ViewError, phase,
 };
 use half::bf16;
-use quant::{Activations, Isa, Quantizer};
+use quant::{Activations, Quantizer};
 
 use crate::exchange::{Exchange, Outputs, Received};
 use crate::row::{COLUMNS, Column, bytes_of, columns};
@@ -53,9 +53,7 @@ impl<X: Exchange> Engine<X> {
         rank: Rank,
         exchange: X,
     ) -> Result<Self> {
-        // The format matters only to a quantised wire, which there is only under a scheme that has one.
-        let format = config.quant.fp8().unwrap_or(Fp8Format::E4M3Fn);
-        let quantizer = Quantizer::for_wire(Isa::detect(), plan.wire(), format)
+        let quantizer = Quantizer::for_dispatch(plan.wire(), config.quant)
             .map_err(|error| Error::contract(Stage::QuantizeDispatch, caps.name, error))?;
         Ok(Self {
             columns: columns(config, plan),

@@ -167,6 +167,15 @@ impl Quantizer {
         }
     }
 
+    /// The quantiser with which a dispatch writes `wire` for experts of `scheme`, with the fastest instruction set.
+    ///
+    /// # Errors
+    /// As [`Quantizer::for_wire`].
+    pub fn for_dispatch(wire: WireFormat, scheme: QuantScheme) -> Result<Self, QuantError> {
+        // The format matters only to a wire with scales, which no scheme without one puts into a plan.
+        Self::for_wire(Isa::detect(), wire, scheme.fp8().unwrap_or(Fp8Format::E4M3Fn))
+    }
+
     /// A per-tensor quantiser with a scale fixed when the model was quantised.
     ///
     /// # Errors

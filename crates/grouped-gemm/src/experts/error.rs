@@ -9,6 +9,19 @@ use crate::GemmError;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ExpertsError {
+    /// A plan that this backend did not negotiate.
+    #[error("the plan {what} {found}, needs {wanted}")]
+    Plan {
+        /// The part of the plan.
+        what: &'static str,
+        /// What this backend runs.
+        wanted: String,
+        /// What the plan says.
+        found: String,
+    },
+    /// A configuration that the backend refuses.
+    #[error("the configuration is not supported: {0}")]
+    Refused(String),
     /// A weight tensor, or its scale, that is not what the configuration asks for.
     #[error("{tensor} of expert {} needs {wanted}, found {found}", expert.0)]
     Weight {

@@ -8,7 +8,7 @@ use fused_moe_core::{
     TopKWeightAndReduce, Unsupported, WireBytes, phase,
 };
 use half::bf16;
-use quant::{Activations, Isa, Quantizer};
+use quant::{Activations, Quantizer};
 
 use super::compute::store;
 use super::experts::{refusals, wires};
@@ -59,12 +59,7 @@ impl PrepareFinalizeProvider for BatchedComm {
     fn build(&self, config: &MoeConfig, plan: &Plan, _group: &dyn ProcessGroup) -> Result<PrepareFinalize> {
         let contract = |why: Source| Error::contract(Stage::QuantizeDispatch, NAME, why);
         let wire = plan.wire();
-        let quantizer = match (wire.scale, config.quant.fp8()) {
-            (Some(_), Some(format)) => {
-                Quantizer::for_wire(Isa::detect(), wire, format).map_err(|e| contract(e.into()))?
-            }
-            _ => Quantizer::from(quant::Unquantized),
-        };
+        let quantizer = Quantizer::for_dispatch(wire, config.quant).map_err(|e| contract(e.into()))?;
         let rows = config.num_experts() * plan.max_rows();
         let quantised = wire.scale.is_some();
         Ok(PrepareFinalize::Modular(Box::new(BatchedHandle {

@@ -10,7 +10,7 @@ use fused_moe_core::{
     Routing, Sent, Source, Stage, Support, TensorView, TensorViewMut, TicketLedger, TopK, WireBytes, phase,
 };
 use half::bf16;
-use quant::{Activations, Isa, Quantizer};
+use quant::{Activations, Quantizer};
 
 use super::compute::store;
 use super::experts::{refusals, wires};
@@ -101,10 +101,7 @@ impl ReferenceHandle {
         (rank, transport): (Rank, Option<Arc<dyn Transport>>),
     ) -> Self {
         let wire = plan.wire();
-        let quantizer = match (wire.scale, config.quant.fp8()) {
-            (Some(_), Some(format)) => Quantizer::for_wire(Isa::detect(), wire, format).ok(),
-            _ => Some(Quantizer::from(quant::Unquantized)),
-        };
+        let quantizer = Quantizer::for_dispatch(wire, config.quant).ok();
         let mut caps = caps(config, plan.kind());
         caps.name = plan.comm();
         Self {
