@@ -20,9 +20,9 @@ use std::sync::Arc;
 use ep_transport::{Heap, Payload, Status, Transport, TransportError};
 use fused_moe_core::{
     Allocation, Arrived, DType, Device, Dispatched, Error, ExecCx, ExpertOut, Fault, GlobalExpertId, Layout,
-    LocalExpertId, MoeConfig, Outstanding, Plan, PrepareAndFinalizeModular, PrepareCaps, PrepareInput, Rank,
-    Result, Routed, RouterWeight, Routing, Sent, Source, Stage, TensorView, TensorViewMut, TicketLedger,
-    TokensPerExpert, ViewError, check_output, phase,
+    LocalExpertId, MoeConfig, Outstanding, Plan, PrepareAndFinalize, PrepareAndFinalizeModular, PrepareCaps,
+    PrepareInput, Rank, Result, Routed, RouterWeight, Routing, Sent, Source, Stage, TensorView,
+    TensorViewMut, TicketLedger, TokensPerExpert, ViewError, check_output, phase,
 };
 use half::bf16;
 use quant::{Activations, QuantError, Quantizer};
@@ -322,7 +322,7 @@ fn bytes_of(values: &[bf16]) -> &[u8] {
     unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
 }
 
-impl PrepareAndFinalizeModular for LowLatency {
+impl PrepareAndFinalize for LowLatency {
     fn caps(&self) -> &PrepareCaps {
         &self.caps
     }
@@ -336,44 +336,6 @@ impl PrepareAndFinalizeModular for LowLatency {
 
     fn ledger(&mut self) -> &mut TicketLedger {
         &mut self.ledger
-    }
-
-    fn prepare_send<'a>(
-        &mut self,
-        cx: &mut ExecCx<'_>,
-        input: PrepareInput<'a>,
-    ) -> Result<Sent<'a, phase::Prepare>> {
-        self.settle(cx)?;
-        let (sent, mut fault) = self.ledger.open(&self.config, &input)?;
-        if fault.is_none()
-            && let Err(why) = self.stage(input.hidden, sent.routing())
-        {
-            fault = Some(Fault::BadTensor);
-            self.ledger.explain(why);
-        }
-        let put = if fault.is_none() { self.put_rows(sent.routing()) } else { Ok(()) };
-        let announced = put.and_then(|()| self.announce(sent.round(), fault));
-        announced.map_err(|e| self.broken(e, Stage::QuantizeDispatch))?;
-        Ok(sent)
-    }
-
-    fn prepare_recv<'p>(
-        &'p mut self,
-        _cx: &mut ExecCx<'_>,
-        sent: Sent<'_, phase::Prepare>,
-    ) -> Result<(Dispatched<'p>, Routed)> {
-        let routed = self.ledger.receive_prepare(sent)?;
-        let (board, deadline) = (self.buffers.dispatched, self.transport.deadline());
-        let fault = board
-            .wait_all(&*self.heap, routed.round(), deadline, |_, _| {})
-            .map_err(|e| self.broken(e, Stage::QuantizeDispatch))?;
-        if let Some((rank, fault)) = fault {
-            return Err(self.ledger.fail_prepare(routed, rank, fault));
-        }
-        self.compact().map_err(|e| self.broken(e, Stage::QuantizeDispatch))?;
-        let this = &*self;
-        let batches = this.batches().map_err(|e| this.contract(Stage::QuantizeDispatch, e))?;
-        Ok((batches, routed))
     }
 
     fn finalize_send<'a>(
@@ -421,6 +383,46 @@ impl PrepareAndFinalizeModular for LowLatency {
             .map_err(|why| self.contract(Stage::Combine, why));
         self.ledger.close(routing);
         combined
+    }
+}
+
+impl PrepareAndFinalizeModular for LowLatency {
+    fn prepare_send<'a>(
+        &mut self,
+        cx: &mut ExecCx<'_>,
+        input: PrepareInput<'a>,
+    ) -> Result<Sent<'a, phase::Prepare>> {
+        self.settle(cx)?;
+        let (sent, mut fault) = self.ledger.open(&self.config, &input)?;
+        if fault.is_none()
+            && let Err(why) = self.stage(input.hidden, sent.routing())
+        {
+            fault = Some(Fault::BadTensor);
+            self.ledger.explain(why);
+        }
+        let put = if fault.is_none() { self.put_rows(sent.routing()) } else { Ok(()) };
+        let announced = put.and_then(|()| self.announce(sent.round(), fault));
+        announced.map_err(|e| self.broken(e, Stage::QuantizeDispatch))?;
+        Ok(sent)
+    }
+
+    fn prepare_recv<'p>(
+        &'p mut self,
+        _cx: &mut ExecCx<'_>,
+        sent: Sent<'_, phase::Prepare>,
+    ) -> Result<(Dispatched<'p>, Routed)> {
+        let routed = self.ledger.receive_prepare(sent)?;
+        let (board, deadline) = (self.buffers.dispatched, self.transport.deadline());
+        let fault = board
+            .wait_all(&*self.heap, routed.round(), deadline, |_, _| {})
+            .map_err(|e| self.broken(e, Stage::QuantizeDispatch))?;
+        if let Some((rank, fault)) = fault {
+            return Err(self.ledger.fail_prepare(routed, rank, fault));
+        }
+        self.compact().map_err(|e| self.broken(e, Stage::QuantizeDispatch))?;
+        let this = &*self;
+        let batches = this.batches().map_err(|e| this.contract(Stage::QuantizeDispatch, e))?;
+        Ok((batches, routed))
     }
 }
 

@@ -93,8 +93,9 @@ pub use router::{Router, RouterInput, RouterOutput, TopK, TopKMut};
 pub use ticket::{Outstanding, Routed, Routing, Sent, TicketLedger, phase};
 
 pub use prepare_finalize::{
-    Arrived, Dispatched, DispatchedMonolithic, ExpertOut, MonolithicInput, PrepareAndFinalizeModular,
-    PrepareAndFinalizeMonolithic, PrepareInput, ReceivedRows, TokensPerExpert, check_output,
+    Arrived, Dispatched, DispatchedMonolithic, ExpertOut, MonolithicInput, PrepareAndFinalize,
+    PrepareAndFinalizeModular, PrepareAndFinalizeMonolithic, PrepareInput, ReceivedRows, TokensPerExpert,
+    check_output,
 };
 
 pub use experts::{

@@ -158,6 +158,57 @@ macro_rules! settle {
     };
 }
 
+/// What stages 2 and 4 have in common, whether the router runs before them or inside the experts: the combine half,
+/// and what a kernel asks of any backend.
+pub trait PrepareAndFinalize: Send {
+    /// What it was built to do.
+    fn caps(&self) -> &PrepareCaps;
+
+    /// Bytes that its buffers occupy; equal to what its provider's `required_bytes` said.
+    fn allocated_bytes(&self) -> usize;
+
+    /// The maker of its tickets.
+    fn ledger(&mut self) -> &mut TicketLedger;
+
+    /// Starts the combine of the experts' outputs.
+    ///
+    /// # Errors
+    /// `PeerLost` and `Contract`.
+    fn finalize_send<'a>(
+        &mut self,
+        cx: &mut ExecCx<'_>,
+        routed: Routed,
+        out: ExpertOut<'a>,
+    ) -> Result<Sent<'a, phase::Finalize>>;
+
+    /// Waits for the outputs of this rank's own tokens and sums them into `out`, `[tokens, hidden]` f32 or the
+    /// configuration's element type, where `tokens` is what this rank sent.
+    ///
+    /// # Errors
+    /// `RankFailed` (the round is over), `PeerLost`, `Contract`.
+    fn finalize_recv(
+        &mut self,
+        cx: &mut ExecCx<'_>,
+        sent: Sent<'_, phase::Finalize>,
+        out: TensorViewMut<'_>,
+    ) -> Result<()>;
+
+    /// Combine without overlap: send and receive.
+    ///
+    /// # Errors
+    /// As the two phases.
+    fn finalize(
+        &mut self,
+        cx: &mut ExecCx<'_>,
+        routed: Routed,
+        expert_out: ExpertOut<'_>,
+        out: TensorViewMut<'_>,
+    ) -> Result<()> {
+        let sent = self.finalize_send(cx, routed, expert_out)?;
+        self.finalize_recv(cx, sent, out)
+    }
+}
+
 /// Stages 2 and 4 of a modular layer.
 ///
 /// All ranks of a group call each phase in the same order, with zero tokens if they have none. A rank that
@@ -208,16 +259,7 @@ macro_rules! settle {
 ///     let _ = p.prepare_recv(cx, sent);
 /// }
 /// ```
-pub trait PrepareAndFinalizeModular: Send {
-    /// What it was built to do.
-    fn caps(&self) -> &PrepareCaps;
-
-    /// Bytes that its buffers occupy; equal to what its provider's `required_bytes` said.
-    fn allocated_bytes(&self) -> usize;
-
-    /// The maker of its tickets.
-    fn ledger(&mut self) -> &mut TicketLedger;
-
+pub trait PrepareAndFinalizeModular: PrepareAndFinalize {
     /// Starts the dispatch of this rank's tokens.
     ///
     /// # Errors
@@ -238,29 +280,6 @@ pub trait PrepareAndFinalizeModular: Send {
         sent: Sent<'_, phase::Prepare>,
     ) -> Result<(Dispatched<'p>, Routed)>;
 
-    /// Starts the combine of the experts' outputs.
-    ///
-    /// # Errors
-    /// `PeerLost` and `Contract`.
-    fn finalize_send<'a>(
-        &mut self,
-        cx: &mut ExecCx<'_>,
-        routed: Routed,
-        out: ExpertOut<'a>,
-    ) -> Result<Sent<'a, phase::Finalize>>;
-
-    /// Waits for the outputs of this rank's own tokens and sums them into `out`, `[tokens, hidden]` f32 or the
-    /// configuration's element type, where `tokens` is what this rank sent.
-    ///
-    /// # Errors
-    /// `RankFailed` (the round is over), `PeerLost`, `Contract`.
-    fn finalize_recv(
-        &mut self,
-        cx: &mut ExecCx<'_>,
-        sent: Sent<'_, phase::Finalize>,
-        out: TensorViewMut<'_>,
-    ) -> Result<()>;
-
     settle!();
 
     /// Dispatch without overlap: send and receive.
@@ -275,36 +294,12 @@ pub trait PrepareAndFinalizeModular: Send {
         let sent = self.prepare_send(cx, input)?;
         self.prepare_recv(cx, sent)
     }
-
-    /// Combine without overlap: send and receive.
-    ///
-    /// # Errors
-    /// As the two phases.
-    fn finalize(
-        &mut self,
-        cx: &mut ExecCx<'_>,
-        routed: Routed,
-        expert_out: ExpertOut<'_>,
-        out: TensorViewMut<'_>,
-    ) -> Result<()> {
-        let sent = self.finalize_send(cx, routed, expert_out)?;
-        self.finalize_recv(cx, sent, out)
-    }
 }
 
 /// Stages 2 and 4 of a monolithic layer: hidden states and logits go out, partial sums come back.
 ///
 /// The rules are those of [`PrepareAndFinalizeModular`].
-pub trait PrepareAndFinalizeMonolithic: Send {
-    /// What it was built to do.
-    fn caps(&self) -> &PrepareCaps;
-
-    /// Bytes that its buffers occupy; equal to what its provider's `required_bytes` said.
-    fn allocated_bytes(&self) -> usize;
-
-    /// The maker of its tickets.
-    fn ledger(&mut self) -> &mut TicketLedger;
-
+pub trait PrepareAndFinalizeMonolithic: PrepareAndFinalize {
     /// Starts the dispatch of this rank's tokens.
     ///
     /// # Errors
@@ -325,43 +320,12 @@ pub trait PrepareAndFinalizeMonolithic: Send {
         sent: Sent<'_, phase::Prepare>,
     ) -> Result<(DispatchedMonolithic<'p>, Routed)>;
 
-    /// Starts the combine of the experts' partial sums.
-    ///
-    /// # Errors
-    /// As [`PrepareAndFinalizeModular::finalize_send`].
-    fn finalize_send<'a>(
-        &mut self,
-        cx: &mut ExecCx<'_>,
-        routed: Routed,
-        out: ExpertOut<'a>,
-    ) -> Result<Sent<'a, phase::Finalize>>;
-
-    /// Waits for the outputs of this rank's own tokens; see [`PrepareAndFinalizeModular::finalize_recv`].
-    ///
-    /// # Errors
-    /// As [`PrepareAndFinalizeModular::finalize_recv`].
-    fn finalize_recv(
-        &mut self,
-        cx: &mut ExecCx<'_>,
-        sent: Sent<'_, phase::Finalize>,
-        out: TensorViewMut<'_>,
-    ) -> Result<()>;
-
     settle!();
 }
 
 macro_rules! forward {
     ($name:ident, $input:ident, $dispatched:ident, $($target:tt)+) => {
         impl<T: $name + ?Sized> $name for $($target)+ {
-            fn caps(&self) -> &PrepareCaps {
-                (**self).caps()
-            }
-            fn allocated_bytes(&self) -> usize {
-                (**self).allocated_bytes()
-            }
-            fn ledger(&mut self) -> &mut TicketLedger {
-                (**self).ledger()
-            }
             fn prepare_send<'a>(
                 &mut self,
                 cx: &mut ExecCx<'_>,
@@ -375,6 +339,19 @@ macro_rules! forward {
                 sent: Sent<'_, phase::Prepare>,
             ) -> Result<($dispatched<'p>, Routed)> {
                 (**self).prepare_recv(cx, sent)
+            }
+        }
+    };
+    ($($target:tt)+) => {
+        impl<T: PrepareAndFinalize + ?Sized> PrepareAndFinalize for $($target)+ {
+            fn caps(&self) -> &PrepareCaps {
+                (**self).caps()
+            }
+            fn allocated_bytes(&self) -> usize {
+                (**self).allocated_bytes()
+            }
+            fn ledger(&mut self) -> &mut TicketLedger {
+                (**self).ledger()
             }
             fn finalize_send<'a>(
                 &mut self,
@@ -393,10 +370,11 @@ macro_rules! forward {
                 (**self).finalize_recv(cx, sent, out)
             }
         }
+
+        forward!(PrepareAndFinalizeModular, PrepareInput, Dispatched, $($target)+);
+        forward!(PrepareAndFinalizeMonolithic, MonolithicInput, DispatchedMonolithic, $($target)+);
     };
 }
 
-forward!(PrepareAndFinalizeModular, PrepareInput, Dispatched, Box<T>);
-forward!(PrepareAndFinalizeModular, PrepareInput, Dispatched, &mut T);
-forward!(PrepareAndFinalizeMonolithic, MonolithicInput, DispatchedMonolithic, Box<T>);
-forward!(PrepareAndFinalizeMonolithic, MonolithicInput, DispatchedMonolithic, &mut T);
+forward!(Box<T>);
+forward!(&mut T);

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use ep_transport::{Heap, Signal, Status, Transport, TransportError};
 use fused_moe_core::{
     Arrived, DType, Dispatched, Error, ExecCx, ExpertOut, Fault, MoeConfig, Outstanding, Plan,
-    PrepareAndFinalizeModular, PrepareCaps, PrepareInput, Rank, ReceivedRows, Result, Routed, RouterWeight,
-    Routing, Sent, Stage, TensorView, TensorViewMut, TicketLedger, TopK, ViewError, check_output, phase,
+    PrepareAndFinalize, PrepareAndFinalizeModular, PrepareCaps, PrepareInput, Rank, ReceivedRows, Result,
+    Routed, RouterWeight, Routing, Sent, Stage, TensorView, TensorViewMut, TicketLedger, TopK, ViewError,
+    check_output, phase,
 };
 use half::bf16;
 use quant::{Activations, Quantizer};
@@ -310,7 +311,7 @@ fn copy_bytes<T: Copy, const N: usize>(out: &mut [u8], values: &[T], bytes: fn(T
     }
 }
 
-impl PrepareAndFinalizeModular for IntraNode {
+impl PrepareAndFinalize for IntraNode {
     fn caps(&self) -> &PrepareCaps {
         &self.caps
     }
@@ -327,53 +328,6 @@ impl PrepareAndFinalizeModular for IntraNode {
 
     fn ledger(&mut self) -> &mut TicketLedger {
         &mut self.ledger
-    }
-
-    fn prepare_send<'a>(
-        &mut self,
-        cx: &mut ExecCx<'_>,
-        input: PrepareInput<'a>,
-    ) -> Result<Sent<'a, phase::Prepare>> {
-        self.settle(cx)?;
-        let (sent, mut fault) = self.ledger.open(&self.config, &input)?;
-        let round = sent.round();
-        // Rows of the next round are counted from zero again. This rank has seen every dispatch status of the round
-        // before, so nobody adds to that word any more, and nobody adds to it for the next round before this
-        // rank's status of this one.
-        let cursor = Signal { word: self.buffers.cursor + ((round + 1) % 2) as usize, value: 0 };
-        let rearmed = self.heap.signal_set(self.rank(), cursor);
-        if fault.is_none()
-            && let Err(error) = self.dispatch(input.hidden, sent.routing(), round)
-        {
-            fault = Some(Fault::BadTensor);
-            self.ledger.explain(error);
-        }
-        let announced = rearmed.and_then(|()| self.announce(round, fault));
-        let backend = self.caps.name;
-        announced.map_err(|e| e.into_round(&mut self.ledger, Stage::QuantizeDispatch, backend))?;
-        Ok(sent)
-    }
-
-    fn prepare_recv<'p>(
-        &'p mut self,
-        _cx: &mut ExecCx<'_>,
-        sent: Sent<'_, phase::Prepare>,
-    ) -> Result<(Dispatched<'p>, Routed)> {
-        let routed = self.ledger.receive_prepare(sent)?;
-        let mut total = 0;
-        let deadline = self.transport.deadline();
-        let fault = self
-            .buffers
-            .dispatched
-            .wait_all(&*self.heap, routed.round(), deadline, |_, status| total += status.count)
-            .map_err(|e| e.into_round(&mut self.ledger, Stage::QuantizeDispatch, self.caps.name))?;
-        if let Some((rank, fault)) = fault {
-            return Err(self.ledger.fail_prepare(routed, rank, fault));
-        }
-        self.received = [total as i32];
-        let this = &*self;
-        let views = this.received_views().map_err(|e| this.contract(Stage::QuantizeDispatch, e))?;
-        Ok((views, routed))
     }
 
     fn finalize_send<'a>(
@@ -420,6 +374,55 @@ impl PrepareAndFinalizeModular for IntraNode {
             .map_err(|why| self.contract(Stage::Combine, why));
         self.ledger.close(routing);
         combined
+    }
+}
+
+impl PrepareAndFinalizeModular for IntraNode {
+    fn prepare_send<'a>(
+        &mut self,
+        cx: &mut ExecCx<'_>,
+        input: PrepareInput<'a>,
+    ) -> Result<Sent<'a, phase::Prepare>> {
+        self.settle(cx)?;
+        let (sent, mut fault) = self.ledger.open(&self.config, &input)?;
+        let round = sent.round();
+        // Rows of the next round are counted from zero again. This rank has seen every dispatch status of the round
+        // before, so nobody adds to that word any more, and nobody adds to it for the next round before this
+        // rank's status of this one.
+        let cursor = Signal { word: self.buffers.cursor + ((round + 1) % 2) as usize, value: 0 };
+        let rearmed = self.heap.signal_set(self.rank(), cursor);
+        if fault.is_none()
+            && let Err(error) = self.dispatch(input.hidden, sent.routing(), round)
+        {
+            fault = Some(Fault::BadTensor);
+            self.ledger.explain(error);
+        }
+        let announced = rearmed.and_then(|()| self.announce(round, fault));
+        let backend = self.caps.name;
+        announced.map_err(|e| e.into_round(&mut self.ledger, Stage::QuantizeDispatch, backend))?;
+        Ok(sent)
+    }
+
+    fn prepare_recv<'p>(
+        &'p mut self,
+        _cx: &mut ExecCx<'_>,
+        sent: Sent<'_, phase::Prepare>,
+    ) -> Result<(Dispatched<'p>, Routed)> {
+        let routed = self.ledger.receive_prepare(sent)?;
+        let mut total = 0;
+        let deadline = self.transport.deadline();
+        let fault = self
+            .buffers
+            .dispatched
+            .wait_all(&*self.heap, routed.round(), deadline, |_, status| total += status.count)
+            .map_err(|e| e.into_round(&mut self.ledger, Stage::QuantizeDispatch, self.caps.name))?;
+        if let Some((rank, fault)) = fault {
+            return Err(self.ledger.fail_prepare(routed, rank, fault));
+        }
+        self.received = [total as i32];
+        let this = &*self;
+        let views = this.received_views().map_err(|e| this.contract(Stage::QuantizeDispatch, e))?;
+        Ok((views, routed))
     }
 }
 

@@ -3,9 +3,9 @@
 use ep_transport::{Status, TransportError};
 use fused_moe_core::{
     Arrived, DType, Device, Dispatched, DispatchedMonolithic, Error, ExecCx, ExpertOut, Fault, MoeConfig,
-    MonolithicInput, Plan, PrepareAndFinalizeModular, PrepareAndFinalizeMonolithic, PrepareCaps,
-    PrepareInput, Rank, ReceivedRows, Result, Routed, RouterWeight, Routing, Sent, Source, Stage, TensorView,
-    TensorViewMut, TicketLedger, TopK, ViewError, phase,
+    MonolithicInput, Plan, PrepareAndFinalize, PrepareAndFinalizeModular, PrepareAndFinalizeMonolithic,
+    PrepareCaps, PrepareInput, Rank, ReceivedRows, Result, Routed, RouterWeight, Routing, Sent, Source,
+    Stage, TensorView, TensorViewMut, TicketLedger, TopK, ViewError, phase,
 };
 use half::bf16;
 use quant::{Activations, Quantizer};
@@ -30,12 +30,6 @@ pub(crate) struct Engine<X: Exchange> {
     late: Option<Fault>,
     exchange: X,
 }
-
-/// A handle for modular experts.
-pub(crate) struct Modular<X: Exchange>(pub(crate) Engine<X>);
-
-/// A handle for monolithic experts.
-pub(crate) struct Monolithic<X: Exchange>(pub(crate) Engine<X>);
 
 /// Views of what has arrived, before they are named by kind.
 struct Batch<'p> {
@@ -76,7 +70,7 @@ impl<X: Exchange> Engine<X> {
     }
 
     /// Announces and stages this rank's rows; `route` fills the two columns of routing.
-    fn prepare_send<'a>(
+    fn stage_rows<'a>(
         &mut self,
         (sent, fault): (Sent<'a, phase::Prepare>, Option<Fault>),
         hidden: TensorView<'_>,
@@ -124,7 +118,7 @@ impl<X: Exchange> Engine<X> {
         Ok(route(routing, [first_column.view_mut(first, tokens)?, second_column.view_mut(second, tokens)?])?)
     }
 
-    fn prepare_recv(&mut self, sent: Sent<'_, phase::Prepare>) -> Result<(Batch<'_>, Routed)> {
+    fn receive_rows(&mut self, sent: Sent<'_, phase::Prepare>) -> Result<(Batch<'_>, Routed)> {
         let routed = self.ledger.receive_prepare(sent)?;
         match self.exchange.gather(routed.round(), self.late) {
             Ok(Ok(rows)) => self.received = [rows as i32],
@@ -156,7 +150,7 @@ impl<X: Exchange> Engine<X> {
         })
     }
 
-    fn finalize_send<'a>(&mut self, routed: Routed, out: ExpertOut<'a>) -> Result<Sent<'a, phase::Finalize>> {
+    fn send_outputs<'a>(&mut self, routed: Routed, out: ExpertOut<'a>) -> Result<Sent<'a, phase::Finalize>> {
         let sent = self.ledger.send_finalize(routed)?;
         let outputs = self.outputs_of(out).unwrap_or_else(|why| {
             self.ledger.explain(why);
@@ -187,7 +181,7 @@ impl<X: Exchange> Engine<X> {
         }
     }
 
-    fn finalize_recv(&mut self, sent: Sent<'_, phase::Finalize>, out: TensorViewMut<'_>) -> Result<()> {
+    fn receive_outputs(&mut self, sent: Sent<'_, phase::Finalize>, out: TensorViewMut<'_>) -> Result<()> {
         let routing = self.ledger.receive_finalize(sent)?;
         match self.exchange.collect(self.ledger.round()) {
             Ok(Ok(partials)) => {
@@ -235,53 +229,48 @@ fn on_host(device: Device) -> Result<(), ViewError> {
     if device == Device::HOST { Ok(()) } else { Err(ViewError::NotHost { device }) }
 }
 
-/// The parts of the two traits that do not depend on the kind.
-macro_rules! common_phases {
-    () => {
-        fn caps(&self) -> &PrepareCaps {
-            &self.0.caps
-        }
+impl<X: Exchange> PrepareAndFinalize for Engine<X> {
+    fn caps(&self) -> &PrepareCaps {
+        &self.caps
+    }
 
-        fn allocated_bytes(&self) -> usize {
-            self.0.exchange.allocated_bytes()
-        }
+    fn allocated_bytes(&self) -> usize {
+        self.exchange.allocated_bytes()
+    }
 
-        fn ledger(&mut self) -> &mut TicketLedger {
-            &mut self.0.ledger
-        }
+    fn ledger(&mut self) -> &mut TicketLedger {
+        &mut self.ledger
+    }
 
-        fn finalize_send<'a>(
-            &mut self,
-            _cx: &mut ExecCx<'_>,
-            routed: Routed,
-            out: ExpertOut<'a>,
-        ) -> Result<Sent<'a, phase::Finalize>> {
-            self.0.finalize_send(routed, out)
-        }
+    fn finalize_send<'a>(
+        &mut self,
+        _cx: &mut ExecCx<'_>,
+        routed: Routed,
+        out: ExpertOut<'a>,
+    ) -> Result<Sent<'a, phase::Finalize>> {
+        self.send_outputs(routed, out)
+    }
 
-        fn finalize_recv(
-            &mut self,
-            _cx: &mut ExecCx<'_>,
-            sent: Sent<'_, phase::Finalize>,
-            out: TensorViewMut<'_>,
-        ) -> Result<()> {
-            self.0.finalize_recv(sent, out)
-        }
-    };
+    fn finalize_recv(
+        &mut self,
+        _cx: &mut ExecCx<'_>,
+        sent: Sent<'_, phase::Finalize>,
+        out: TensorViewMut<'_>,
+    ) -> Result<()> {
+        self.receive_outputs(sent, out)
+    }
 }
 
-impl<X: Exchange> PrepareAndFinalizeModular for Modular<X> {
-    common_phases!();
-
+impl<X: Exchange> PrepareAndFinalizeModular for Engine<X> {
     fn prepare_send<'a>(
         &mut self,
         cx: &mut ExecCx<'_>,
         input: PrepareInput<'a>,
     ) -> Result<Sent<'a, phase::Prepare>> {
-        self.settle(cx)?;
-        let opened = self.0.ledger.open(&self.0.config, &input)?;
-        let weighted = self.0.weight_on_input;
-        self.0.prepare_send(opened, input.hidden, |routing, [mut ids, mut weights]| {
+        PrepareAndFinalizeModular::settle(self, cx)?;
+        let opened = self.ledger.open(&self.config, &input)?;
+        let weighted = self.weight_on_input;
+        self.stage_rows(opened, input.hidden, |routing, [mut ids, mut weights]| {
             on_host(input.topk.ids.device())?;
             ids.as_mut_slice::<i32>()?.copy_from_slice(routing.ids());
             let weights = weights.as_mut_slice::<f32>()?;
@@ -300,23 +289,21 @@ impl<X: Exchange> PrepareAndFinalizeModular for Modular<X> {
         sent: Sent<'_, phase::Prepare>,
     ) -> Result<(Dispatched<'p>, Routed)> {
         let (Batch { columns: [hidden, _, ids, weights], scale, rows, output }, routed) =
-            self.0.prepare_recv(sent)?;
+            self.receive_rows(sent)?;
         let arrived = Arrived::Standard { topk: TopK { ids, weights }, rows };
         Ok((Dispatched { hidden, scale, arrived, output }, routed))
     }
 }
 
-impl<X: Exchange> PrepareAndFinalizeMonolithic for Monolithic<X> {
-    common_phases!();
-
+impl<X: Exchange> PrepareAndFinalizeMonolithic for Engine<X> {
     fn prepare_send<'a>(
         &mut self,
         cx: &mut ExecCx<'_>,
         input: MonolithicInput<'a>,
     ) -> Result<Sent<'a, phase::Prepare>> {
-        self.settle(cx)?;
-        let opened = self.0.ledger.open_monolithic(&self.0.config, &input)?;
-        self.0.prepare_send(opened, input.hidden, |routing, [mut logits, _]| {
+        PrepareAndFinalizeMonolithic::settle(self, cx)?;
+        let opened = self.ledger.open_monolithic(&self.config, &input)?;
+        self.stage_rows(opened, input.hidden, |routing, [mut logits, _]| {
             for token in 0..routing.num_tokens() {
                 logits.row_mut::<f32>(token)?.copy_from_slice(input.logits.row(token)?);
             }
@@ -330,7 +317,7 @@ impl<X: Exchange> PrepareAndFinalizeMonolithic for Monolithic<X> {
         sent: Sent<'_, phase::Prepare>,
     ) -> Result<(DispatchedMonolithic<'p>, Routed)> {
         let (Batch { columns: [hidden, _, logits, _], scale, rows, output }, routed) =
-            self.0.prepare_recv(sent)?;
+            self.receive_rows(sent)?;
         Ok((DispatchedMonolithic { hidden, scale, logits, rows, output }, routed))
     }
 }

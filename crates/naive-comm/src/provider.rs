@@ -8,7 +8,7 @@ use fused_moe_core::{
 
 use crate::all_gather::{AllGather, Reduction};
 use crate::exchange::Exchange;
-use crate::handle::{Engine, Modular, Monolithic};
+use crate::handle::Engine;
 use crate::local::OneRank;
 use crate::row::{Column, columns};
 
@@ -132,8 +132,8 @@ impl Backend {
         let caps = self.caps(config, plan.kind());
         let engine = Engine::new(caps, config, plan, group.rank(), exchange)?;
         Ok(match plan.kind() {
-            KernelKind::Modular => PrepareFinalize::Modular(Box::new(Modular(engine))),
-            KernelKind::Monolithic => PrepareFinalize::Monolithic(Box::new(Monolithic(engine))),
+            KernelKind::Modular => PrepareFinalize::Modular(Box::new(engine)),
+            KernelKind::Monolithic => PrepareFinalize::Monolithic(Box::new(engine)),
         })
     }
 }

@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex};
 
 use fused_moe_core::{
     Arrived, DType, Dispatched, Error, ErrorKind, ExecCx, ExpertOut, ExpertWeights, ExpertsCaps,
-    ExpertsModular, Fault, MoeConfig, PrepareAndFinalizeModular, PrepareCaps, PrepareInput, Rank,
-    ReceivedRows, Result, Routed, Sent, Stage, TensorView, TensorViewMut, TicketLedger, TopK, phase,
+    ExpertsModular, Fault, MoeConfig, PrepareAndFinalize, PrepareAndFinalizeModular, PrepareCaps,
+    PrepareInput, Rank, ReceivedRows, Result, Routed, Sent, Stage, TensorView, TensorViewMut, TicketLedger,
+    TopK, phase,
 };
 use half::bf16;
 
@@ -69,7 +70,7 @@ impl ToyComm {
     }
 }
 
-impl PrepareAndFinalizeModular for ToyComm {
+impl PrepareAndFinalize for ToyComm {
     fn caps(&self) -> &PrepareCaps {
         &self.caps
     }
@@ -85,6 +86,53 @@ impl PrepareAndFinalizeModular for ToyComm {
         &mut self.ledger
     }
 
+    fn finalize_send<'a>(
+        &mut self,
+        _cx: &mut ExecCx<'_>,
+        routed: Routed,
+        out: ExpertOut<'a>,
+    ) -> Result<Sent<'a, phase::Finalize>> {
+        let sent = self.ledger.send_finalize(routed)?;
+        let mut script = self.script.lock().unwrap();
+        match out {
+            ExpertOut::InPlace => script.log.push("in place"),
+            ExpertOut::Lent(rows) => {
+                script.log.push("lent");
+                assert_eq!(rows.dims(), [self.caps.max_rows, self.config.hidden]);
+                self.output.copy_from_slice(rows.as_slice().unwrap());
+            }
+            ExpertOut::Failed(fault) => {
+                script.log.push("failed");
+                (self.fault, script.sent_fault) = (Some(fault), Some(fault));
+            }
+        }
+        Ok(sent)
+    }
+
+    fn finalize_recv(
+        &mut self,
+        _cx: &mut ExecCx<'_>,
+        sent: Sent<'_, phase::Finalize>,
+        mut out: TensorViewMut<'_>,
+    ) -> Result<()> {
+        let routing = self.ledger.receive_finalize(sent)?;
+        self.script.lock().unwrap().log.push("finalize_recv");
+        let scripted = self.script.lock().unwrap().combine.take();
+        if let Some((rank, fault)) = self.verdict(scripted) {
+            self.fault = None;
+            return Err(self.ledger.fail_finalize(routing, rank, fault));
+        }
+        for (row, sums) in self.output.chunks_exact(self.config.hidden).take(routing.num_tokens()).enumerate()
+        {
+            let out = out.row_mut::<f32>(row).unwrap();
+            out.iter_mut().zip(sums).for_each(|(out, sum)| *out = sum.to_f32());
+        }
+        self.ledger.close(routing);
+        Ok(())
+    }
+}
+
+impl PrepareAndFinalizeModular for ToyComm {
     fn prepare_send<'a>(
         &mut self,
         cx: &mut ExecCx<'_>,
@@ -139,51 +187,6 @@ impl PrepareAndFinalizeModular for ToyComm {
             output: self.caps.in_place_output.then_some(output),
         };
         Ok((dispatched, routed))
-    }
-
-    fn finalize_send<'a>(
-        &mut self,
-        _cx: &mut ExecCx<'_>,
-        routed: Routed,
-        out: ExpertOut<'a>,
-    ) -> Result<Sent<'a, phase::Finalize>> {
-        let sent = self.ledger.send_finalize(routed)?;
-        let mut script = self.script.lock().unwrap();
-        match out {
-            ExpertOut::InPlace => script.log.push("in place"),
-            ExpertOut::Lent(rows) => {
-                script.log.push("lent");
-                assert_eq!(rows.dims(), [self.caps.max_rows, self.config.hidden]);
-                self.output.copy_from_slice(rows.as_slice().unwrap());
-            }
-            ExpertOut::Failed(fault) => {
-                script.log.push("failed");
-                (self.fault, script.sent_fault) = (Some(fault), Some(fault));
-            }
-        }
-        Ok(sent)
-    }
-
-    fn finalize_recv(
-        &mut self,
-        _cx: &mut ExecCx<'_>,
-        sent: Sent<'_, phase::Finalize>,
-        mut out: TensorViewMut<'_>,
-    ) -> Result<()> {
-        let routing = self.ledger.receive_finalize(sent)?;
-        self.script.lock().unwrap().log.push("finalize_recv");
-        let scripted = self.script.lock().unwrap().combine.take();
-        if let Some((rank, fault)) = self.verdict(scripted) {
-            self.fault = None;
-            return Err(self.ledger.fail_finalize(routing, rank, fault));
-        }
-        for (row, sums) in self.output.chunks_exact(self.config.hidden).take(routing.num_tokens()).enumerate()
-        {
-            let out = out.row_mut::<f32>(row).unwrap();
-            out.iter_mut().zip(sums).for_each(|(out, sum)| *out = sum.to_f32());
-        }
-        self.ledger.close(routing);
-        Ok(())
     }
 }
 

@@ -2,10 +2,10 @@
 
 use fused_moe_core::{
     ActivationFormat, Arrived, Axis, CombineKind, DType, Dispatched, Error, ExecCx, ExpertMap, ExpertOut,
-    Fault, KernelKind, MoeConfig, NaiveBatched, Plan, PrepareAndFinalizeModular, PrepareCaps,
-    PrepareFinalize, PrepareFinalizeProvider, PrepareInput, ProcessGroup, Rank, ReduceInput, Result, Routed,
-    Routing, Sent, Source, Stage, Support, TensorView, TensorViewMut, TicketLedger, TokensPerExpert, TopK,
-    TopKWeightAndReduce, Unsupported, WireBytes, phase,
+    Fault, KernelKind, MoeConfig, NaiveBatched, Plan, PrepareAndFinalize, PrepareAndFinalizeModular,
+    PrepareCaps, PrepareFinalize, PrepareFinalizeProvider, PrepareInput, ProcessGroup, Rank, ReduceInput,
+    Result, Routed, Routing, Sent, Source, Stage, Support, TensorView, TensorViewMut, TicketLedger,
+    TokensPerExpert, TopK, TopKWeightAndReduce, Unsupported, WireBytes, phase,
 };
 use half::bf16;
 use quant::{Activations, Quantizer};
@@ -145,7 +145,7 @@ impl BatchedHandle {
     }
 }
 
-impl PrepareAndFinalizeModular for BatchedHandle {
+impl PrepareAndFinalize for BatchedHandle {
     fn caps(&self) -> &PrepareCaps {
         &self.caps
     }
@@ -161,6 +161,45 @@ impl PrepareAndFinalizeModular for BatchedHandle {
         &mut self.ledger
     }
 
+    fn finalize_send<'a>(
+        &mut self,
+        _cx: &mut ExecCx<'_>,
+        routed: Routed,
+        out: ExpertOut<'a>,
+    ) -> Result<Sent<'a, phase::Finalize>> {
+        let sent = self.ledger.send_finalize(routed)?;
+        self.fault = match out {
+            ExpertOut::Lent(view) => self.reduce(view, sent.routing()).err().map(|why| {
+                self.ledger.explain(why);
+                Fault::BadTensor
+            }),
+            ExpertOut::Failed(fault) => Some(fault),
+            ExpertOut::InPlace => {
+                self.ledger.explain("no buffer was lent for the experts' output");
+                Some(Fault::BadTensor)
+            }
+        };
+        Ok(sent)
+    }
+
+    fn finalize_recv(
+        &mut self,
+        _cx: &mut ExecCx<'_>,
+        sent: Sent<'_, phase::Finalize>,
+        mut out: TensorViewMut<'_>,
+    ) -> Result<()> {
+        let routing = self.ledger.receive_finalize(sent)?;
+        if let Some(fault) = self.fault {
+            return Err(self.ledger.fail_finalize(routing, Rank(0), fault));
+        }
+        let mut rows = self.sum.chunks_exact(self.config.hidden).take(routing.num_tokens()).enumerate();
+        let stored = rows.try_for_each(|(row, sums)| store(&mut out, row, sums));
+        self.ledger.close(routing);
+        stored.map_err(|why| Error::contract(Stage::Combine, NAME, why))
+    }
+}
+
+impl PrepareAndFinalizeModular for BatchedHandle {
     fn prepare_send<'a>(
         &mut self,
         cx: &mut ExecCx<'_>,
@@ -201,42 +240,5 @@ impl PrepareAndFinalizeModular for BatchedHandle {
         let counts = TensorView::from_slice(&self.counts, DType::I32, &[experts]).expect(FITS);
         let arrived = Arrived::Batched { tokens: TokensPerExpert(counts) };
         Ok((Dispatched { hidden: hidden.expect(FITS), scale, arrived, output: None }, routed))
-    }
-
-    fn finalize_send<'a>(
-        &mut self,
-        _cx: &mut ExecCx<'_>,
-        routed: Routed,
-        out: ExpertOut<'a>,
-    ) -> Result<Sent<'a, phase::Finalize>> {
-        let sent = self.ledger.send_finalize(routed)?;
-        self.fault = match out {
-            ExpertOut::Lent(view) => self.reduce(view, sent.routing()).err().map(|why| {
-                self.ledger.explain(why);
-                Fault::BadTensor
-            }),
-            ExpertOut::Failed(fault) => Some(fault),
-            ExpertOut::InPlace => {
-                self.ledger.explain("no buffer was lent for the experts' output");
-                Some(Fault::BadTensor)
-            }
-        };
-        Ok(sent)
-    }
-
-    fn finalize_recv(
-        &mut self,
-        _cx: &mut ExecCx<'_>,
-        sent: Sent<'_, phase::Finalize>,
-        mut out: TensorViewMut<'_>,
-    ) -> Result<()> {
-        let routing = self.ledger.receive_finalize(sent)?;
-        if let Some(fault) = self.fault {
-            return Err(self.ledger.fail_finalize(routing, Rank(0), fault));
-        }
-        let mut rows = self.sum.chunks_exact(self.config.hidden).take(routing.num_tokens()).enumerate();
-        let stored = rows.try_for_each(|(row, sums)| store(&mut out, row, sums));
-        self.ledger.close(routing);
-        stored.map_err(|why| Error::contract(Stage::Combine, NAME, why))
     }
 }

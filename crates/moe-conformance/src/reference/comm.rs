@@ -5,9 +5,10 @@ use std::sync::Arc;
 use ep_transport::{Transport, transport_of};
 use fused_moe_core::{
     Arrived, DType, Dispatched, DispatchedMonolithic, Error, ExecCx, ExpertOut, Fault, KernelKind, MoeConfig,
-    MonolithicInput, Plan, PrepareAndFinalizeModular, PrepareAndFinalizeMonolithic, PrepareCaps,
-    PrepareFinalize, PrepareFinalizeProvider, PrepareInput, ProcessGroup, Rank, Result, Routed, RouterWeight,
-    Routing, Sent, Source, Stage, Support, TensorView, TensorViewMut, TicketLedger, TopK, WireBytes, phase,
+    MonolithicInput, Plan, PrepareAndFinalize, PrepareAndFinalizeModular, PrepareAndFinalizeMonolithic,
+    PrepareCaps, PrepareFinalize, PrepareFinalizeProvider, PrepareInput, ProcessGroup, Rank, Result, Routed,
+    RouterWeight, Routing, Sent, Source, Stage, Support, TensorView, TensorViewMut, TicketLedger, TopK,
+    WireBytes, phase,
 };
 use half::bf16;
 use quant::{Activations, Quantizer};
@@ -285,7 +286,7 @@ fn append(message: &mut Vec<u8>, view: TensorView<'_>) -> Result<(), Source> {
     })
 }
 
-impl PrepareAndFinalizeModular for ReferenceHandle {
+impl PrepareAndFinalize for ReferenceHandle {
     fn caps(&self) -> &PrepareCaps {
         &self.caps
     }
@@ -298,6 +299,26 @@ impl PrepareAndFinalizeModular for ReferenceHandle {
         &mut self.ledger
     }
 
+    fn finalize_send<'a>(
+        &mut self,
+        _cx: &mut ExecCx<'_>,
+        routed: Routed,
+        out: ExpertOut<'a>,
+    ) -> Result<Sent<'a, phase::Finalize>> {
+        self.send_partial(routed, out)
+    }
+
+    fn finalize_recv(
+        &mut self,
+        _cx: &mut ExecCx<'_>,
+        sent: Sent<'_, phase::Finalize>,
+        out: TensorViewMut<'_>,
+    ) -> Result<()> {
+        self.receive_sums(sent, out)
+    }
+}
+
+impl PrepareAndFinalizeModular for ReferenceHandle {
     fn prepare_send<'a>(
         &mut self,
         cx: &mut ExecCx<'_>,
@@ -325,39 +346,9 @@ impl PrepareAndFinalizeModular for ReferenceHandle {
         let routed = self.receive(sent)?;
         Ok((self.dispatched(), routed))
     }
-
-    fn finalize_send<'a>(
-        &mut self,
-        _cx: &mut ExecCx<'_>,
-        routed: Routed,
-        out: ExpertOut<'a>,
-    ) -> Result<Sent<'a, phase::Finalize>> {
-        self.send_partial(routed, out)
-    }
-
-    fn finalize_recv(
-        &mut self,
-        _cx: &mut ExecCx<'_>,
-        sent: Sent<'_, phase::Finalize>,
-        out: TensorViewMut<'_>,
-    ) -> Result<()> {
-        self.receive_sums(sent, out)
-    }
 }
 
 impl PrepareAndFinalizeMonolithic for ReferenceHandle {
-    fn caps(&self) -> &PrepareCaps {
-        &self.caps
-    }
-
-    fn allocated_bytes(&self) -> usize {
-        self.received.bytes()
-    }
-
-    fn ledger(&mut self) -> &mut TicketLedger {
-        &mut self.ledger
-    }
-
     fn prepare_send<'a>(
         &mut self,
         cx: &mut ExecCx<'_>,
@@ -384,23 +375,5 @@ impl PrepareAndFinalizeMonolithic for ReferenceHandle {
             output: None,
         };
         Ok((dispatched, routed))
-    }
-
-    fn finalize_send<'a>(
-        &mut self,
-        _cx: &mut ExecCx<'_>,
-        routed: Routed,
-        out: ExpertOut<'a>,
-    ) -> Result<Sent<'a, phase::Finalize>> {
-        self.send_partial(routed, out)
-    }
-
-    fn finalize_recv(
-        &mut self,
-        _cx: &mut ExecCx<'_>,
-        sent: Sent<'_, phase::Finalize>,
-        out: TensorViewMut<'_>,
-    ) -> Result<()> {
-        self.receive_sums(sent, out)
     }
 }

@@ -2,9 +2,10 @@
 
 use ep_transport::transport_of;
 use fused_moe_core::{
-    DType, Dispatched, Error, ExecCx, ExpertOut, KernelKind, MoeConfig, Plan, PrepareAndFinalizeModular,
-    PrepareCaps, PrepareFinalize, PrepareFinalizeProvider, PrepareInput, ProcessGroup, Rank, Result, Routed,
-    Sent, Stage, Support, TensorView, TensorViewMut, TicketLedger, WireBytes, phase,
+    DType, Dispatched, Error, ExecCx, ExpertOut, KernelKind, MoeConfig, Plan, PrepareAndFinalize,
+    PrepareAndFinalizeModular, PrepareCaps, PrepareFinalize, PrepareFinalizeProvider, PrepareInput,
+    ProcessGroup, Rank, Result, Routed, Sent, Stage, Support, TensorView, TensorViewMut, TicketLedger,
+    WireBytes, phase,
 };
 use half::bf16;
 
@@ -93,19 +94,61 @@ fn view_failed(error: fused_moe_core::ViewError) -> Error {
     Error::other(Stage::QuantizeDispatch, NAME, error)
 }
 
-impl PrepareAndFinalizeModular for BrokenHandle {
+impl PrepareAndFinalize for BrokenHandle {
     fn caps(&self) -> &PrepareCaps {
-        PrepareAndFinalizeModular::caps(&self.inner)
+        PrepareAndFinalize::caps(&self.inner)
     }
 
     fn allocated_bytes(&self) -> usize {
-        PrepareAndFinalizeModular::allocated_bytes(&self.inner)
+        PrepareAndFinalize::allocated_bytes(&self.inner)
     }
 
     fn ledger(&mut self) -> &mut TicketLedger {
-        PrepareAndFinalizeModular::ledger(&mut self.inner)
+        PrepareAndFinalize::ledger(&mut self.inner)
     }
 
+    fn finalize_send<'a>(
+        &mut self,
+        cx: &mut ExecCx<'_>,
+        routed: Routed,
+        out: ExpertOut<'a>,
+    ) -> Result<Sent<'a, phase::Finalize>> {
+        PrepareAndFinalize::finalize_send(&mut self.inner, cx, routed, out)
+    }
+
+    fn finalize_recv(
+        &mut self,
+        cx: &mut ExecCx<'_>,
+        sent: Sent<'_, phase::Finalize>,
+        mut out: TensorViewMut<'_>,
+    ) -> Result<()> {
+        if self.silent {
+            let ledger = PrepareAndFinalize::ledger(&mut self.inner);
+            let routing = ledger.receive_finalize(sent)?;
+            ledger.close(routing);
+            return Ok(());
+        }
+        let (top_k, weights) = (sent.routing().top_k(), sent.routing().weights().to_vec());
+        PrepareAndFinalize::finalize_recv(&mut self.inner, cx, sent, out.reborrow())?;
+        if self.bug == BrokenComm::DoubleReduction {
+            for (token, weights) in weights.chunks_exact(top_k).enumerate() {
+                let again: f32 = weights.iter().sum();
+                match out.dtype() {
+                    DType::F32 => {
+                        out.row_mut::<f32>(token).map_err(view_failed)?.iter_mut().for_each(|x| *x *= again);
+                    }
+                    _ => {
+                        let row = out.row_mut::<bf16>(token).map_err(view_failed)?;
+                        row.iter_mut().for_each(|x| *x = bf16::from_f32(x.to_f32() * again));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl PrepareAndFinalizeModular for BrokenHandle {
     fn prepare_send<'a>(
         &mut self,
         cx: &mut ExecCx<'_>,
@@ -120,7 +163,7 @@ impl PrepareAndFinalizeModular for BrokenHandle {
         sent: Sent<'_, phase::Prepare>,
     ) -> Result<(Dispatched<'p>, Routed)> {
         if self.silent {
-            let routed = PrepareAndFinalizeModular::ledger(&mut self.inner).receive_prepare(sent)?;
+            let routed = PrepareAndFinalize::ledger(&mut self.inner).receive_prepare(sent)?;
             return Ok((self.inner.dispatched(), routed));
         }
         let (mut dispatched, routed) = PrepareAndFinalizeModular::prepare_recv(&mut self.inner, cx, sent)?;
@@ -153,45 +196,5 @@ impl PrepareAndFinalizeModular for BrokenHandle {
             _ => {}
         }
         Ok((dispatched, routed))
-    }
-
-    fn finalize_send<'a>(
-        &mut self,
-        cx: &mut ExecCx<'_>,
-        routed: Routed,
-        out: ExpertOut<'a>,
-    ) -> Result<Sent<'a, phase::Finalize>> {
-        PrepareAndFinalizeModular::finalize_send(&mut self.inner, cx, routed, out)
-    }
-
-    fn finalize_recv(
-        &mut self,
-        cx: &mut ExecCx<'_>,
-        sent: Sent<'_, phase::Finalize>,
-        mut out: TensorViewMut<'_>,
-    ) -> Result<()> {
-        if self.silent {
-            let ledger = PrepareAndFinalizeModular::ledger(&mut self.inner);
-            let routing = ledger.receive_finalize(sent)?;
-            ledger.close(routing);
-            return Ok(());
-        }
-        let (top_k, weights) = (sent.routing().top_k(), sent.routing().weights().to_vec());
-        PrepareAndFinalizeModular::finalize_recv(&mut self.inner, cx, sent, out.reborrow())?;
-        if self.bug == BrokenComm::DoubleReduction {
-            for (token, weights) in weights.chunks_exact(top_k).enumerate() {
-                let again: f32 = weights.iter().sum();
-                match out.dtype() {
-                    DType::F32 => {
-                        out.row_mut::<f32>(token).map_err(view_failed)?.iter_mut().for_each(|x| *x *= again);
-                    }
-                    _ => {
-                        let row = out.row_mut::<bf16>(token).map_err(view_failed)?;
-                        row.iter_mut().for_each(|x| *x = bf16::from_f32(x.to_f32() * again));
-                    }
-                }
-            }
-        }
-        Ok(())
     }
 }
