@@ -116,7 +116,7 @@ pub fn verify(subject: &Subject<'_>, hidden: &HiddenStates, run: &LayerRun) -> a
         }
     }
     let tolerance = tolerance(config.quant);
-    let agrees = |got: &[f32], want: &[f64]| compare(got, want, config.hidden, tolerance).is_ok();
+    let agrees = |got: &[f32], want: &[f64]| compare(got, want, config.hidden, config.quant).is_ok();
     Ok(Verdict {
         routed: routed_error,
         output: relative_l2(&run.output.output, &output),

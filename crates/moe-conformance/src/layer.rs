@@ -9,7 +9,7 @@ use half::bf16;
 use router::HostRouter;
 
 use crate::case::{Case, LayerWeights, RankInput};
-use crate::metrics::{compare, tolerance};
+use crate::metrics::compare;
 use crate::oracle::{InputScales, Layer};
 use crate::outcome::{Check, Outcome, Settings, chain, fail, on_ranks, supervised};
 
@@ -111,7 +111,7 @@ fn agrees(
             ranks: &tokens,
         };
         let want = layer.run().or_else(|e| fail(format!("the oracle fails: {e}")))?.concat();
-        match compare(&got.concat(), &want, case.hidden, tolerance(case.quant)) {
+        match compare(&got.concat(), &want, case.hidden, case.quant) {
             Ok(_) => return Ok(()),
             Err(far) => verdict = fail(far),
         }

@@ -12,7 +12,7 @@ use crate::case::{Case, RankInput};
 use crate::comm_suite::over;
 use crate::experts_suite::{Poison, Target, layer, local_experts, packing, weight_bytes};
 use crate::layer::{bits, routed};
-use crate::metrics::{compare, tolerance};
+use crate::metrics::compare;
 use crate::named::Named;
 use crate::oracle::{ArrivedRows, RankExperts};
 use crate::outcome::{Check, Outcome, Settings, chain, fail, supervised};
@@ -105,7 +105,7 @@ fn one_batch(
         let arrived =
             ArrivedRows { values: &values, ids: &rows.ids[..slots], weights: &rows.weights[..slots] };
         experts.add_partial(arrived, &mut want).or_else(fail)?;
-        verdict = match compare(&got, &want, case.hidden, tolerance(case.quant)) {
+        verdict = match compare(&got, &want, case.hidden, case.quant) {
             Ok(_) => Ok(()),
             Err(far) => fail(far),
         };

@@ -9,7 +9,7 @@ use half::bf16;
 use super::{Target, local_experts};
 use crate::batch::{Batch, Receiver, plan_for, writable};
 use crate::case::{Case, LayerWeights, RankInput};
-use crate::metrics::{compare, tolerance};
+use crate::metrics::compare;
 use crate::oracle::{ArrivedRows, RankExperts};
 use crate::outcome::{Check, Outcome, chain, fail};
 
@@ -145,7 +145,7 @@ impl OneBatch<'_> {
             let arrived =
                 ArrivedRows { values: &values, ids: &rows.ids[..slots], weights: &rows.weights[..slots] };
             self.oracle(&plan, &all).add_partial(arrived, &mut want).or_else(fail)?;
-            verdict = match compare(&got, &want, case.hidden, tolerance(case.quant)) {
+            verdict = match compare(&got, &want, case.hidden, case.quant) {
                 Ok(_) => Ok(()),
                 Err(far) => fail(far),
             };
