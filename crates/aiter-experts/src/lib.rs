@@ -30,8 +30,7 @@
 //!     intermediate: 1,
 //!     top_k: 1,
 //!     // ...
-//! #   max_tokens_per_rank: 2, in_dtype: DType::Bf16, quant: QuantScheme::Unquantized, activation: Activation::Silu,
-//! #   apply_router_weight_on_input: false, routing: None, placement, ranks_per_node: 1, device: DeviceKind::Host,
+//! #   max_tokens_per_rank: 2, ..MoeConfig::new(placement)
 //! };
 //! let provider = AiterExperts::new();
 //! let Support::Supported(caps) = provider.supports(&config) else { unreachable!() };
@@ -42,7 +41,7 @@
 //!
 //! let [gate, up, down] = [[20.0, 0.0], [0.0, 1.0], [1.0, 2.0]].map(|m| m.map(bf16::from_f32));
 //! let matrix = |values, dims: &[usize]| -> Result<_, ViewError> {
-//!     Ok(WeightMatrix { values: TensorView::from_slice(values, DType::Bf16, dims)?, scale: None })
+//!     Ok(WeightMatrix::unquantized(TensorView::from_slice(values, DType::Bf16, dims)?))
 //! };
 //! let expert =
 //!     ExpertMatrices { gate: matrix(&gate, &[1, 2])?, up: matrix(&up, &[1, 2])?, down: matrix(&down, &[2, 1])? };

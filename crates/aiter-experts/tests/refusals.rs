@@ -114,7 +114,7 @@ fn misfit_weights_are_named(#[values(0, 1, 2)] which: usize) {
     let channel = format!("a scale per output channel, [{}]", dims[0]);
     let per_block = format!("a scale per 128x128 block, {blocks:?}");
     let bf16_values = view(DType::Bf16, &dims);
-    let weight = |values, scale| WeightMatrix { values, scale };
+    let weight = |values, scale| WeightMatrix { values, scale, bias: None, input_scale: None };
     let table = [
         (
             Unquantized,
@@ -250,7 +250,7 @@ fn f32_and_gapped_weights_pack_like_bf16() {
     }
     let mut experts = Vec::new();
     for (expert, [gate, up, down]) in layer.experts.iter().zip(&values) {
-        let matrix = |values, dims| WeightMatrix { values: lend(values, dims), scale: None };
+        let matrix = |values, dims| WeightMatrix::unquantized(lend(values, dims));
         experts.push(ExpertMatrices {
             gate: matrix(gate, expert.gate.dims),
             up: matrix(up, expert.up.dims),

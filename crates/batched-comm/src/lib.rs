@@ -20,10 +20,8 @@
 //!
 //! # fn config() -> MoeConfig {
 //! #     MoeConfig {
-//! #         hidden: 8, intermediate: 8, top_k: 2, max_tokens_per_rank: 4, in_dtype: DType::Bf16,
-//! #         quant: QuantScheme::Unquantized, activation: Activation::Silu, apply_router_weight_on_input: false,
-//! #         routing: None, placement: ExpertPlacement::linear(4, 2).unwrap(), ranks_per_node: 1,
-//! #         device: DeviceKind::Host,
+//! #         hidden: 8, intermediate: 8, top_k: 2, max_tokens_per_rank: 4,
+//! #         ..MoeConfig::new(ExpertPlacement::linear(4, 2).unwrap())
 //! #     }
 //! # }
 //! let config = config();

@@ -127,8 +127,8 @@ impl LowLatency {
     }
 
     /// Quantises this rank's tokens.
-    fn stage(&mut self, hidden: TensorView<'_>, routing: &Routing) -> Result<(), QuantError> {
-        let mut activations = Activations::of(hidden);
+    fn stage(&mut self, activations: Activations<'_>, routing: &Routing) -> Result<(), QuantError> {
+        let mut activations = activations;
         if self.weight_on_input {
             // One expert per token, so the weights of the round are one factor per row.
             activations = activations.weighted(routing.weights());
@@ -395,7 +395,8 @@ impl PrepareAndFinalizeModular for LowLatency {
         self.settle(cx)?;
         let (sent, mut fault) = self.ledger.open(&self.config, &input)?;
         if fault.is_none()
-            && let Err(why) = self.stage(input.hidden, sent.routing())
+            && let Err(why) =
+                self.stage(Activations::of(input.hidden).scaled(input.input_scale), sent.routing())
         {
             fault = Some(Fault::BadTensor);
             self.ledger.explain(why);

@@ -19,6 +19,9 @@ fn config(placement: ExpertPlacement, top_k: usize) -> MoeConfig {
         quant: QuantScheme::Unquantized,
         activation: Activation::Silu,
         apply_router_weight_on_input: false,
+        expert_bias: false,
+        padding: Default::default(),
+        redundant_experts: 0,
         routing: None,
         placement,
         ranks_per_node: 1,
@@ -58,7 +61,8 @@ fn round(
         weights: TensorView::from_slice(&weights, DType::F32, &[tokens, config.top_k]).unwrap(),
     };
     let hidden = TensorView::from_slice(&hidden, DType::Bf16, &[tokens, HIDDEN]).unwrap();
-    let sent = comm.prepare_send(&mut cx, PrepareInput { hidden, topk, fault: None }).unwrap();
+    let sent =
+        comm.prepare_send(&mut cx, PrepareInput { hidden, topk, input_scale: None, fault: None }).unwrap();
     let (dispatched, routed) = comm.prepare_recv(&mut cx, sent).unwrap();
 
     let Arrived::Batched { tokens: counts } = dispatched.arrived else { panic!("not batched") };

@@ -49,6 +49,9 @@ fn a_round_allocates_nothing(#[values(1, 3)] ranks: usize, #[values(false, true)
         quant,
         activation: Activation::Silu,
         apply_router_weight_on_input: false,
+        expert_bias: false,
+        padding: Default::default(),
+        redundant_experts: 0,
         routing: None,
         placement: ExpertPlacement::linear(4, ranks).unwrap(),
         // Every rank on a node of its own: nothing is reached but by puts.
@@ -76,7 +79,9 @@ fn a_round_allocates_nothing(#[values(1, 3)] ranks: usize, #[values(false, true)
                     .unwrap(),
                 weights: TensorView::from_slice(&[0.25f32; 2 * TOKENS], DType::F32, &[TOKENS, 2]).unwrap(),
             };
-            let sent = comm.prepare_send(&mut cx, PrepareInput { hidden, topk, fault: None }).unwrap();
+            let sent = comm
+                .prepare_send(&mut cx, PrepareInput { hidden, topk, input_scale: None, fault: None })
+                .unwrap();
             let (_, routed) = comm.prepare_recv(&mut cx, sent).unwrap();
             let outputs = ExpertOut::Lent(TensorView::from_slice(&outputs, DType::Bf16, &dims).unwrap());
             let sent = comm.finalize_send(&mut cx, routed, outputs).unwrap();

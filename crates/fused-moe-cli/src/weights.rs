@@ -92,7 +92,7 @@ impl<'c> LoadedMatrix<'c> {
         let dims = [self.rows, self.cols];
         match &self.values {
             Values::Bf16(values) => {
-                Ok(WeightMatrix { values: TensorView::from_slice(values, DType::Bf16, &dims)?, scale: None })
+                Ok(WeightMatrix::unquantized(TensorView::from_slice(values, DType::Bf16, &dims)?))
             }
             Values::Fp8 { codes, format, scales } => {
                 let scale = match scales {
@@ -105,7 +105,7 @@ impl<'c> LoadedMatrix<'c> {
                     }
                 };
                 let values = TensorView::from_slice(codes, format.dtype(), &dims)?;
-                Ok(WeightMatrix { values, scale: Some(scale) })
+                Ok(WeightMatrix { values, scale: Some(scale), bias: None, input_scale: None })
             }
         }
     }

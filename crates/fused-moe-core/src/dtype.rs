@@ -16,6 +16,11 @@ pub enum DType {
     Fp8E4M3Fn,
     /// FP8 E4M3 "FNUZ" of gfx942: bias 8, largest value 240, NaN is 0x80 alone, no negative zero.
     Fp8E4M3Fnuz,
+    /// Two OCP FP4 E2M1 codes per byte, the even column in the low half: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and a sign.
+    /// Shapes and strides count bytes, so a row of `n` codes has `n / 2` elements.
+    Fp4E2M1x2,
+    /// Scale of MX formats, `2^(code − 127)`; 0xFF is NaN.
+    E8M0,
     /// Two's-complement 32-bit integer (expert ids, counts).
     I32,
     /// Raw bytes (workspaces).
@@ -28,7 +33,7 @@ impl DType {
         match self {
             DType::F32 | DType::I32 => 4,
             DType::F16 | DType::Bf16 => 2,
-            DType::Fp8E4M3Fn | DType::Fp8E4M3Fnuz | DType::U8 => 1,
+            DType::Fp8E4M3Fn | DType::Fp8E4M3Fnuz | DType::Fp4E2M1x2 | DType::E8M0 | DType::U8 => 1,
         }
     }
 
@@ -40,6 +45,8 @@ impl DType {
             DType::Bf16 => "bf16",
             DType::Fp8E4M3Fn => "fp8_e4m3fn",
             DType::Fp8E4M3Fnuz => "fp8_e4m3fnuz",
+            DType::Fp4E2M1x2 => "fp4_e2m1x2",
+            DType::E8M0 => "e8m0",
             DType::I32 => "i32",
             DType::U8 => "u8",
         }
@@ -122,5 +129,5 @@ element! {
     f16 => F16;
     bf16 => Bf16;
     i32 => I32;
-    u8 => Fp8E4M3Fn | Fp8E4M3Fnuz | U8;
+    u8 => Fp8E4M3Fn | Fp8E4M3Fnuz | Fp4E2M1x2 | E8M0 | U8;
 }

@@ -18,15 +18,43 @@ pub enum WeightScale<'a> {
     Channel(TensorView<'a>),
     /// `[ceil(rows / 128), ceil(cols / 128)]` f32, one scale per 128x128 block.
     Block128(TensorView<'a>),
+    /// `[rows, cols / 32]` E8M0, one power of two per 32 columns (MXFP4).
+    Mx32(TensorView<'a>),
+    /// Two levels (NVFP4): `weight ≈ code · block · global`.
+    Nv16 {
+        /// `[rows, cols / 16]` FP8 E4M3 (OCP), one per 16 columns.
+        blocks: TensorView<'a>,
+        /// For the whole matrix.
+        global: f32,
+    },
 }
 
 /// One weight matrix as a checkpoint stores it: `[rows, cols]`, row = output channel.
 #[derive(Clone, Copy, Debug)]
 pub struct WeightMatrix<'a> {
-    /// The values, or FP8 codes.
+    /// The values, or FP8 codes, or FP4 codes in pairs: `[rows, cols / 2]`.
     pub values: TensorView<'a>,
-    /// Scales of FP8 codes; `None` for unquantized values.
+    /// Scales of the codes; `None` for unquantized values.
     pub scale: Option<WeightScale<'a>>,
+    /// `[rows]` bf16 or f32, added to the product; exactly where [`crate::MoeConfig::expert_bias`] says so.
+    pub bias: Option<TensorView<'a>>,
+    /// What the activations that this matrix meets are divided by: the static scale of
+    /// [`crate::QuantScheme::Fp8PerTensorStatic`], the global scale of [`crate::QuantScheme::Nvfp4`]. Experts of a
+    /// layer share their activations, so a backend takes the largest; whoever loads them gives every rank the
+    /// largest of all experts of the layer.
+    pub input_scale: Option<f32>,
+}
+
+impl<'a> WeightMatrix<'a> {
+    /// Values without a scale.
+    pub fn unquantized(values: TensorView<'a>) -> Self {
+        Self { values, scale: None, bias: None, input_scale: None }
+    }
+
+    /// Codes with their scale.
+    pub fn quantized(values: TensorView<'a>, scale: WeightScale<'a>) -> Self {
+        Self { scale: Some(scale), ..Self::unquantized(values) }
+    }
 }
 
 /// The three matrices of one expert.
@@ -47,6 +75,7 @@ pub struct ExpertWeights {
     backend: &'static str,
     packed: Box<dyn Any + Send + Sync>,
     bytes: usize,
+    input_scale: Option<f32>,
 }
 
 impl std::fmt::Debug for ExpertWeights {
@@ -58,7 +87,19 @@ impl std::fmt::Debug for ExpertWeights {
 impl ExpertWeights {
     /// Wraps what `backend` packed; `bytes` is the memory it occupies.
     pub fn new<T: Any + Send + Sync>(backend: &'static str, packed: T, bytes: usize) -> Self {
-        Self { backend, packed: Box::new(packed), bytes }
+        Self { backend, packed: Box::new(packed), bytes, input_scale: None }
+    }
+
+    /// The same with the static scale of what gemm1 reads, by which a dispatch quantises.
+    #[must_use]
+    pub fn with_input_scale(mut self, scale: Option<f32>) -> Self {
+        self.input_scale = scale;
+        self
+    }
+
+    /// The static scale of what gemm1 reads, for schemes that have one.
+    pub fn input_scale(&self) -> Option<f32> {
+        self.input_scale
     }
 
     /// Name of the backend that packed them.

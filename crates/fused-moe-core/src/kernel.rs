@@ -231,7 +231,12 @@ impl<K: Kind> ComposedKernel<K> {
         // A call that cannot succeed must not leave the peers waiting: it takes part with zero tokens.
         let misfit = self.check(call.weights, &call.hidden, &call.out).err();
         let fault = misfit.as_ref().map(|_| Fault::BadTensor);
-        let input = Input { hidden: call.hidden, routing: call.routing, fault };
+        let input = Input {
+            hidden: call.hidden,
+            routing: call.routing,
+            input_scale: call.weights.input_scale(),
+            fault,
+        };
 
         let comm = &mut *self.prepare_finalize;
         let Buffers { shape, workspace, expert_out, reduced } = &mut self.buffers;

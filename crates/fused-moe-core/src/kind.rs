@@ -97,6 +97,8 @@ pub struct Input<'a, R> {
     pub hidden: TensorView<'a>,
     /// Top-k or logits.
     pub routing: R,
+    /// The layer's static scale.
+    pub input_scale: Option<f32>,
     /// A failure of this rank before the round.
     pub fault: Option<Fault>,
 }
@@ -190,11 +192,21 @@ macro_rules! kind {
 }
 
 fn modular<'a>(input: Input<'a, TopK<'a>>) -> PrepareInput<'a> {
-    PrepareInput { hidden: input.hidden, topk: input.routing, fault: input.fault }
+    PrepareInput {
+        hidden: input.hidden,
+        topk: input.routing,
+        input_scale: input.input_scale,
+        fault: input.fault,
+    }
 }
 
 fn monolithic<'a>(input: Input<'a, Logits<'a>>) -> MonolithicInput<'a> {
-    MonolithicInput { hidden: input.hidden, logits: input.routing.0, fault: input.fault }
+    MonolithicInput {
+        hidden: input.hidden,
+        logits: input.routing.0,
+        input_scale: input.input_scale,
+        fault: input.fault,
+    }
 }
 
 kind!(Modular: PrepareAndFinalizeModular, ExpertsModular, TopK, Dispatched, modular);

@@ -19,14 +19,8 @@
 //!     intermediate: 2048,
 //!     top_k: 8,
 //!     max_tokens_per_rank: 128,
-//!     in_dtype: DType::Bf16,
 //!     quant: QuantScheme::Fp8Block(Fp8Format::E4M3Fn),
-//!     activation: Activation::Silu,
-//!     apply_router_weight_on_input: false,
-//!     routing: None,
-//!     placement: ExpertPlacement::linear(256, 8)?,
-//!     ranks_per_node: 8,
-//!     device: DeviceKind::Host,
+//!     ..MoeConfig::new(ExpertPlacement::linear(256, 8)?)
 //! };
 //! let quantized = config.quant.quantized_wire(config.in_dtype);
 //! let comm = PrepareCaps::host("bf16-only", KernelKind::Modular, vec![WireFormat::unquantized(DType::Bf16)], 1024);
@@ -75,7 +69,7 @@ pub use dtype::{DType, Device, DeviceKind, Element};
 pub use layout::{Layout, MAX_DIMS, ViewError};
 pub use tensor::{Allocation, Lease, TensorView, TensorViewMut};
 
-pub use config::{Activation, MoeConfig};
+pub use config::{Activation, MoeConfig, Padding};
 pub use placement::{
     ExpertMap, ExpertMask, ExpertPlacement, GlobalExpertId, LocalExpertId, NO_EXPERT, PlacementError, Rank,
 };

@@ -33,6 +33,8 @@ pub enum Axis {
     RouterWeight,
     /// Activation function.
     Activation,
+    /// What the experts' weights consist of.
+    Weights,
     /// Graph capture.
     Capture,
 }
@@ -53,6 +55,7 @@ impl Axis {
             Axis::Reduction => "reduction",
             Axis::RouterWeight => "router weight",
             Axis::Activation => "activation",
+            Axis::Weights => "weights",
             Axis::Capture => "graph capture",
         }
     }

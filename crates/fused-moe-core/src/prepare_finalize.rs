@@ -21,6 +21,9 @@ pub struct PrepareInput<'a> {
     pub hidden: TensorView<'a>,
     /// `[tokens, top_k]` ids and weights.
     pub topk: TopK<'a>,
+    /// The layer's static scale, [`crate::ExpertWeights::input_scale`]: positive and finite for FP8 schemes with
+    /// static scales, which a dispatch may quantise by; not read for others.
+    pub input_scale: Option<f32>,
     /// A failure of this rank before the round: it takes part with zero tokens, and every rank returns it.
     pub fault: Option<Fault>,
 }
@@ -32,6 +35,8 @@ pub struct MonolithicInput<'a> {
     pub hidden: TensorView<'a>,
     /// `[tokens, num_experts]` f32 router logits.
     pub logits: TensorView<'a>,
+    /// As in [`PrepareInput::input_scale`].
+    pub input_scale: Option<f32>,
     /// As in [`PrepareInput::fault`].
     pub fault: Option<Fault>,
 }
@@ -243,7 +248,7 @@ pub trait PrepareAndFinalize: Send {
 /// ```
 /// # use fused_moe_core::*;
 /// fn kept(p: &mut dyn PrepareAndFinalizeModular, cx: &mut ExecCx<'_>, x: Lease<'_, ()>, topk: TopK<'static>) {
-///     let sent = p.prepare_send(cx, PrepareInput { hidden: x.view(), topk, fault: None }).unwrap();
+///     let sent = p.prepare_send(cx, PrepareInput { hidden: x.view(), topk, input_scale: None, fault: None }).unwrap();
 ///     let _ = p.prepare_recv(cx, sent);
 ///     drop(x);
 /// }
@@ -254,7 +259,7 @@ pub trait PrepareAndFinalize: Send {
 /// ```compile_fail,E0505
 /// # use fused_moe_core::*;
 /// fn freed(p: &mut dyn PrepareAndFinalizeModular, cx: &mut ExecCx<'_>, x: Lease<'_, ()>, topk: TopK<'static>) {
-///     let sent = p.prepare_send(cx, PrepareInput { hidden: x.view(), topk, fault: None }).unwrap();
+///     let sent = p.prepare_send(cx, PrepareInput { hidden: x.view(), topk, input_scale: None, fault: None }).unwrap();
 ///     drop(x);
 ///     let _ = p.prepare_recv(cx, sent);
 /// }

@@ -50,33 +50,54 @@ pub enum QuantScheme {
     Fp8Ptpc(Fp8Format),
     /// FP8 weights with one scale per tensor, activations with one dynamic scale per tensor and rank.
     Fp8PerTensor(Fp8Format),
+    /// FP8 weights with one scale per tensor, activations with one scale per GEMM and layer that comes with the
+    /// weights.
+    Fp8PerTensorStatic(Fp8Format),
+    /// E2M1 weights with one E8M0 scale per 1x32 group, activations in the model's own type.
+    Mxfp4,
+    /// E2M1 weights with one E4M3 scale per 1x16 group and an f32 scale per matrix; activations likewise, with a
+    /// global scale per GEMM and layer that comes with the weights.
+    Nvfp4,
 }
 
 impl QuantScheme {
     /// The FP8 format, if the scheme has one.
     pub const fn fp8(self) -> Option<Fp8Format> {
         match self {
-            QuantScheme::Unquantized => None,
-            QuantScheme::Fp8Block(f) | QuantScheme::Fp8Ptpc(f) | QuantScheme::Fp8PerTensor(f) => Some(f),
+            QuantScheme::Unquantized | QuantScheme::Mxfp4 | QuantScheme::Nvfp4 => None,
+            QuantScheme::Fp8Block(f)
+            | QuantScheme::Fp8Ptpc(f)
+            | QuantScheme::Fp8PerTensor(f)
+            | QuantScheme::Fp8PerTensorStatic(f) => Some(f),
         }
     }
 
-    /// Granularity of the activation scales, if the scheme has any.
+    /// Granularity of the f32 activation scales, if the scheme has any.
     pub fn activation_granularity(self) -> Option<Granularity> {
         match self {
-            QuantScheme::Unquantized => None,
+            QuantScheme::Unquantized | QuantScheme::Mxfp4 | QuantScheme::Nvfp4 => None,
             QuantScheme::Fp8Block(_) => Some(Granularity::PER_1X128),
             QuantScheme::Fp8Ptpc(_) => Some(Granularity::Token),
-            QuantScheme::Fp8PerTensor(_) => Some(Granularity::Tensor),
+            QuantScheme::Fp8PerTensor(_) | QuantScheme::Fp8PerTensorStatic(_) => Some(Granularity::Tensor),
         }
     }
 
-    /// The wire format that carries activations quantised by this scheme; for
-    /// [`QuantScheme::Unquantized`] the activations in `in_dtype`.
+    /// Where the activation scales of an FP8 scheme come from.
+    pub const fn scale_source(self) -> ScaleSource {
+        match self {
+            QuantScheme::Fp8PerTensorStatic(_) => ScaleSource::Static,
+            _ => ScaleSource::Dynamic,
+        }
+    }
+
+    /// The wire format that carries activations quantised by this scheme; for schemes whose activations are not
+    /// FP8 the activations in `in_dtype`.
     pub fn quantized_wire(self, in_dtype: DType) -> WireFormat {
         match (self.fp8(), self.activation_granularity()) {
             (Some(format), Some(granularity)) => {
-                WireFormat { payload: format.dtype(), scale: Some(ScaleLayout::dynamic_f32(granularity)) }
+                let scale = ScaleLayout::dynamic_f32(granularity);
+                let scale = ScaleLayout { source: self.scale_source(), ..scale };
+                WireFormat { payload: format.dtype(), scale: Some(scale) }
             }
             _ => WireFormat::unquantized(in_dtype),
         }
@@ -89,6 +110,9 @@ impl QuantScheme {
             QuantScheme::Fp8Block(_) => "fp8-block",
             QuantScheme::Fp8Ptpc(_) => "fp8-ptpc",
             QuantScheme::Fp8PerTensor(_) => "fp8-per-tensor",
+            QuantScheme::Fp8PerTensorStatic(_) => "fp8-per-tensor-static",
+            QuantScheme::Mxfp4 => "mxfp4",
+            QuantScheme::Nvfp4 => "nvfp4",
         }
     }
 }

@@ -8,6 +8,7 @@ use crate::error::Source;
 use crate::fault::Fault;
 use crate::placement::NO_EXPERT;
 use crate::prepare_finalize::{MonolithicInput, PrepareInput};
+use crate::quantization::ScaleSource;
 use crate::tensor::TensorView;
 
 /// A fault for the peers, and what only this rank can say about it.
@@ -50,6 +51,7 @@ fn bad_tensor(why: impl Into<Source>) -> Refusal {
 /// Checks what a modular round starts with. Values are read only where they lie on the host.
 pub(crate) fn prepare_input(config: &MoeConfig, input: &PrepareInput<'_>) -> Result<(), Refusal> {
     let tokens = hidden(config, input.hidden)?;
+    static_scale(config, input.input_scale)?;
     let dims = [tokens, config.top_k];
     fits("top-k ids", input.topk.ids, &dims, DType::I32).map_err(bad_tensor)?;
     fits("top-k weights", input.topk.weights, &dims, DType::F32).map_err(bad_tensor)?;
@@ -80,6 +82,7 @@ pub(crate) fn prepare_input(config: &MoeConfig, input: &PrepareInput<'_>) -> Res
 /// Checks what a monolithic round starts with. Values are read only where they lie on the host.
 pub(crate) fn monolithic_input(config: &MoeConfig, input: &MonolithicInput<'_>) -> Result<(), Refusal> {
     let tokens = hidden(config, input.hidden)?;
+    static_scale(config, input.input_scale)?;
     let dims = [tokens, config.num_experts()];
     fits("router logits", input.logits, &dims, DType::F32).map_err(bad_tensor)?;
     if input.logits.device().kind != DeviceKind::Host {
@@ -94,6 +97,18 @@ pub(crate) fn monolithic_input(config: &MoeConfig, input: &MonolithicInput<'_>) 
     Ok(())
 }
 
+/// Checks the static scale of a scheme that has one.
+fn static_scale(config: &MoeConfig, scale: Option<f32>) -> Result<(), Refusal> {
+    if config.quant.fp8().is_none() || config.quant.scale_source() == ScaleSource::Dynamic {
+        return Ok(());
+    }
+    match scale {
+        Some(scale) if scale > 0.0 && scale.is_finite() && (1.0 / scale).is_finite() => Ok(()),
+        Some(scale) => Err(bad_tensor(format!("the static input scale {scale:e} is not usable"))),
+        None => Err(bad_tensor(format!("{} needs the static input scale of the layer", config.quant))),
+    }
+}
+
 fn hidden(config: &MoeConfig, view: TensorView<'_>) -> Result<usize, Refusal> {
     let tokens = view.dims()[0];
     fits("hidden states", view, &[tokens, config.hidden], config.in_dtype).map_err(bad_tensor)?;
@@ -106,26 +121,38 @@ fn hidden(config: &MoeConfig, view: TensorView<'_>) -> Result<usize, Refusal> {
     }
     for token in 0..tokens {
         let bad = match view.dtype() {
-            DType::F32 => first_non_finite(view, token, |x: &f32| x.is_finite()),
-            DType::F16 => first_non_finite(view, token, |x: &f16| x.is_finite()),
-            _ => first_non_finite(view, token, |x: &bf16| x.is_finite()),
+            DType::F32 => first_from(view, token, 0, |x: &f32| x.is_finite()),
+            DType::F16 => first_from(view, token, 0, |x: &f16| x.is_finite()),
+            _ => first_from(view, token, 0, |x: &bf16| x.is_finite()),
         };
         if let Some(element) = bad.map_err(bad_tensor)? {
             return Err((Fault::NonFiniteHidden { token: token as u32, element: element as u32 }, None));
+        }
+        let used = config.hidden - config.padding.hidden;
+        let padding = match view.dtype() {
+            DType::F32 => first_from(view, token, used, |x: &f32| *x == 0.0),
+            DType::F16 => first_from(view, token, used, |x: &f16| *x == f16::ZERO),
+            _ => first_from(view, token, used, |x: &bf16| *x == bf16::ZERO),
+        };
+        if let Some(element) = padding.map_err(bad_tensor)? {
+            let why = format!("hidden state {element} of token {token} is padding and not zero");
+            return Err(bad_tensor(why));
         }
     }
     Ok(tokens)
 }
 
-fn first_non_finite<T: crate::Element>(
+/// The first element of a row, from element `from` on, that is not `fine`.
+fn first_from<T: crate::Element>(
     view: TensorView<'_>,
     token: usize,
-    is_finite: fn(&T) -> bool,
+    from: usize,
+    fine: impl Fn(&T) -> bool,
 ) -> Result<Option<usize>, crate::ViewError> {
-    let row = view.row::<T>(token)?;
+    let row = &view.row::<T>(token)?[from..];
     // The common case first: a branch-free sweep that vectorises, then the search for the position.
-    if row.iter().map(is_finite).fold(true, |all, ok| all & ok) {
+    if row.iter().map(&fine).fold(true, |all, ok| all & ok) {
         return Ok(None);
     }
-    Ok(row.iter().position(|x| !is_finite(x)))
+    Ok(row.iter().position(|x| !fine(x)).map(|element| from + element))
 }

@@ -16,14 +16,7 @@
 //!     intermediate: 32,
 //!     top_k: 1,
 //!     max_tokens_per_rank: 1,
-//!     in_dtype: DType::Bf16,
-//!     quant: QuantScheme::Unquantized,
-//!     activation: Activation::Silu,
-//!     apply_router_weight_on_input: false,
-//!     routing: None,
-//!     placement: ExpertPlacement::linear(2, 2)?,
-//!     ranks_per_node: 2,
-//!     device: DeviceKind::Host,
+//!     ..MoeConfig::new(ExpertPlacement::linear(2, 2)?)
 //! };
 //! let registry = fused_moe::default_backends();
 //! let selection = Selection { comm: Some("mori_high_throughput"), experts: None };
@@ -35,7 +28,7 @@
 //!     // Every rank packs the experts it holds: here one, all of whose weights are 1/64.
 //!     let ones = vec![bf16::from_f32(1.0 / 64.0); 64 * 32];
 //!     let matrix = |dims: &[usize]| -> Result<_, ViewError> {
-//!         Ok(WeightMatrix { values: TensorView::from_slice(&ones, DType::Bf16, dims)?, scale: None })
+//!         Ok(WeightMatrix::unquantized(TensorView::from_slice(&ones, DType::Bf16, dims)?))
 //!     };
 //!     let expert = ExpertMatrices { gate: matrix(&[32, 64])?, up: matrix(&[32, 64])?, down: matrix(&[64, 32])? };
 //!     let weights = registry.experts(kernel.plan().experts())?.pack(&config, group.rank(), &[expert])?;

@@ -5,8 +5,8 @@ mod pairs;
 mod weights;
 
 use fused_moe_core::{
-    Activation, DType, DeviceKind, ExpertPlacement, Fp8Format, MoeConfig, QuantScheme, Rank, RoutingConfig,
-    RoutingMethod,
+    Activation, DType, DeviceKind, ExpertPlacement, Fp8Format, MoeConfig, Padding, QuantScheme, Rank,
+    RoutingConfig, RoutingMethod,
 };
 use rand::Rng;
 
@@ -108,6 +108,12 @@ pub struct Case {
     pub placement: ExpertPlacement,
     /// Whether the routing weight multiplies the input (needs `top_k` 1).
     pub apply_router_weight_on_input: bool,
+    /// Between the two GEMMs.
+    pub activation: Activation,
+    /// Whether every matrix has a bias.
+    pub expert_bias: bool,
+    /// Trailing columns that hold zeros in the tokens and garbage in the weights.
+    pub padding: Padding,
 }
 
 impl Case {
@@ -124,6 +130,9 @@ impl Case {
             quant,
             placement: linear(8, ep_size),
             apply_router_weight_on_input: false,
+            activation: Activation::Silu,
+            expert_bias: false,
+            padding: Padding::default(),
         }
     }
 
@@ -173,6 +182,9 @@ impl Case {
                     linear(num_experts, ep_size)
                 },
                 apply_router_weight_on_input: top_k == 1 && index % 3 == 0,
+                activation: Activation::Silu,
+                expert_bias: false,
+                padding: Padding::default(),
             };
             (ep_size, case.affordable())
         };
@@ -208,8 +220,11 @@ impl Case {
             max_tokens_per_rank: self.tokens.iter().max().copied().unwrap_or(0) + 3,
             in_dtype: DType::Bf16,
             quant: self.quant,
-            activation: Activation::Silu,
+            activation: self.activation,
             apply_router_weight_on_input: self.apply_router_weight_on_input,
+            expert_bias: self.expert_bias,
+            padding: self.padding,
+            redundant_experts: 0,
             routing: Some(RoutingConfig {
                 method: RoutingMethod::RenormalizeNaive,
                 num_experts: self.num_experts,

@@ -108,7 +108,7 @@ impl InputScales {
 /// // One expert whose gate and up are 2 and whose down is 1, hidden and intermediate size 1.
 /// let (two, one) = ([bf16::from_f32(2.0)], [bf16::ONE]);
 /// let matrix = |values| -> Result<_, ViewError> {
-///     Ok(WeightMatrix { values: TensorView::from_slice(values, DType::Bf16, &[1, 1])?, scale: None })
+///     Ok(WeightMatrix::unquantized(TensorView::from_slice(values, DType::Bf16, &[1, 1])?))
 /// };
 /// let expert = ExpertMatrices { gate: matrix(&two)?, up: matrix(&two)?, down: matrix(&one)? };
 /// let output = Layer {

@@ -137,10 +137,10 @@ impl IntraNode {
     }
 
     /// Quantises this rank's tokens and writes each to every rank that holds one of its experts.
-    fn dispatch(&mut self, hidden: TensorView<'_>, routing: &Routing, round: u64) -> Result<()> {
+    fn dispatch(&mut self, activations: Activations<'_>, routing: &Routing, round: u64) -> Result<()> {
         self.reserve(routing, round)
             .map_err(|e| e.into_core(Stage::QuantizeDispatch, self.caps.name, round))?;
-        let mut activations = Activations::of(hidden);
+        let mut activations = activations;
         if self.weight_on_input {
             activations = activations.weighted(routing.weights());
         }
@@ -391,8 +391,9 @@ impl PrepareAndFinalizeModular for IntraNode {
         // rank's status of this one.
         let cursor = Signal { word: self.buffers.cursor + ((round + 1) % 2) as usize, value: 0 };
         let rearmed = self.heap.signal_set(self.rank(), cursor);
+        let activations = Activations::of(input.hidden).scaled(input.input_scale);
         if fault.is_none()
-            && let Err(error) = self.dispatch(input.hidden, sent.routing(), round)
+            && let Err(error) = self.dispatch(activations, sent.routing(), round)
         {
             fault = Some(Fault::BadTensor);
             self.ledger.explain(error);

@@ -73,7 +73,7 @@ impl<X: Exchange> Engine<X> {
     fn stage_rows<'a>(
         &mut self,
         (sent, fault): (Sent<'a, phase::Prepare>, Option<Fault>),
-        hidden: TensorView<'_>,
+        rows: Activations<'_>,
         route: impl FnOnce(&Routing, [TensorViewMut<'_>; 2]) -> Result<(), ViewError>,
     ) -> Result<Sent<'a, phase::Prepare>> {
         self.late = None;
@@ -84,7 +84,7 @@ impl<X: Exchange> Engine<X> {
         // The peers already know how many rows will come; a misfit that is found now travels with the next
         // step.
         if fault.is_none()
-            && let Err(why) = self.stage(sent.routing(), hidden, route)
+            && let Err(why) = self.stage(sent.routing(), rows, route)
         {
             self.ledger.explain(why);
             self.late = Some(Fault::BadTensor);
@@ -95,11 +95,11 @@ impl<X: Exchange> Engine<X> {
     fn stage(
         &mut self,
         routing: &Routing,
-        hidden: TensorView<'_>,
+        rows: Activations<'_>,
         route: impl FnOnce(&Routing, [TensorViewMut<'_>; 2]) -> Result<(), ViewError>,
     ) -> Result<(), Source> {
         let [payload, scales, first, second] = self.exchange.staging()?;
-        let mut rows = Activations::of(hidden);
+        let mut rows = rows;
         if self.weight_on_input {
             // One expert per token, so the weights of the round are one factor per row.
             rows = rows.weighted(routing.weights());
@@ -270,17 +270,21 @@ impl<X: Exchange> PrepareAndFinalizeModular for Engine<X> {
         PrepareAndFinalizeModular::settle(self, cx)?;
         let opened = self.ledger.open(&self.config, &input)?;
         let weighted = self.weight_on_input;
-        self.stage_rows(opened, input.hidden, |routing, [mut ids, mut weights]| {
-            on_host(input.topk.ids.device())?;
-            ids.as_mut_slice::<i32>()?.copy_from_slice(routing.ids());
-            let weights = weights.as_mut_slice::<f32>()?;
-            if weighted {
-                weights.fill(1.0);
-            } else {
-                weights.copy_from_slice(routing.weights());
-            }
-            Ok(())
-        })
+        self.stage_rows(
+            opened,
+            Activations::of(input.hidden).scaled(input.input_scale),
+            |routing, [mut ids, mut weights]| {
+                on_host(input.topk.ids.device())?;
+                ids.as_mut_slice::<i32>()?.copy_from_slice(routing.ids());
+                let weights = weights.as_mut_slice::<f32>()?;
+                if weighted {
+                    weights.fill(1.0);
+                } else {
+                    weights.copy_from_slice(routing.weights());
+                }
+                Ok(())
+            },
+        )
     }
 
     fn prepare_recv<'p>(
@@ -303,12 +307,16 @@ impl<X: Exchange> PrepareAndFinalizeMonolithic for Engine<X> {
     ) -> Result<Sent<'a, phase::Prepare>> {
         PrepareAndFinalizeMonolithic::settle(self, cx)?;
         let opened = self.ledger.open_monolithic(&self.config, &input)?;
-        self.stage_rows(opened, input.hidden, |routing, [mut logits, _]| {
-            for token in 0..routing.num_tokens() {
-                logits.row_mut::<f32>(token)?.copy_from_slice(input.logits.row(token)?);
-            }
-            Ok(())
-        })
+        self.stage_rows(
+            opened,
+            Activations::of(input.hidden).scaled(input.input_scale),
+            |routing, [mut logits, _]| {
+                for token in 0..routing.num_tokens() {
+                    logits.row_mut::<f32>(token)?.copy_from_slice(input.logits.row(token)?);
+                }
+                Ok(())
+            },
+        )
     }
 
     fn prepare_recv<'p>(

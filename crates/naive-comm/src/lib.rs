@@ -22,14 +22,7 @@
 //!     intermediate: 4,
 //!     top_k: 1,
 //!     max_tokens_per_rank: 2,
-//!     in_dtype: DType::Bf16,
-//!     quant: QuantScheme::Unquantized,
-//!     activation: Activation::Silu,
-//!     apply_router_weight_on_input: false,
-//!     routing: None,
-//!     placement: ExpertPlacement::linear(2, 1)?,
-//!     ranks_per_node: 1,
-//!     device: DeviceKind::Host,
+//!     ..MoeConfig::new(ExpertPlacement::linear(2, 1)?)
 //! };
 //! let experts = ExpertsCaps::host("mine", vec![WireFormat::unquantized(DType::Bf16)]);
 //! let (_plan, built) = maybe_make_prepare_finalize(&[&Local], &config, &experts, &SingleRank)?;
@@ -43,7 +36,7 @@
 //!     ids: TensorView::from_slice(&[1], DType::I32, &[1, 1])?,
 //!     weights: TensorView::from_slice(&[1.0f32], DType::F32, &[1, 1])?,
 //! };
-//! let (dispatched, routed) = comm.prepare(&mut cx, PrepareInput { hidden, topk, fault: None })?;
+//! let (dispatched, routed) = comm.prepare(&mut cx, PrepareInput { hidden, topk, input_scale: None, fault: None })?;
 //! // Experts that hand back what they get.
 //! let mut output = dispatched.output.expect("the plan says in place");
 //! output.row_mut::<bf16>(0)?.copy_from_slice(dispatched.hidden.row(0)?);

@@ -3,7 +3,7 @@
 use ep_transport::transport_of;
 use fused_moe_core::{
     Axis, DType, Error, KernelKind, MoeConfig, Plan, PrepareCaps, PrepareFinalize, PrepareFinalizeProvider,
-    ProcessGroup, QuantScheme, Result, Stage, Support, Unsupported, WireBytes, WireFormat,
+    ProcessGroup, Result, Stage, Support, Unsupported, WireBytes, WireFormat,
 };
 
 use crate::all_gather::{AllGather, Reduction};
@@ -48,7 +48,7 @@ impl Backend {
 
     fn caps(self, config: &MoeConfig, kind: KernelKind) -> PrepareCaps {
         let mut wires = vec![WireFormat::unquantized(config.in_dtype)];
-        if config.quant != QuantScheme::Unquantized {
+        if config.quant.fp8().is_some() {
             wires.push(config.quant.quantized_wire(config.in_dtype));
         }
         let max_rows = config.ep_size() * config.max_tokens_per_rank;

@@ -50,6 +50,9 @@ fn a_round_allocates_nothing(#[case] provider: &dyn PrepareFinalizeProvider, #[c
         quant: QuantScheme::Fp8Block(Fp8Format::E4M3Fn),
         activation: Activation::Silu,
         apply_router_weight_on_input: false,
+        expert_bias: false,
+        padding: Default::default(),
+        redundant_experts: 0,
         routing: None,
         placement: ExpertPlacement::linear(4, ranks).unwrap(),
         ranks_per_node: ranks,
@@ -70,7 +73,9 @@ fn a_round_allocates_nothing(#[case] provider: &dyn PrepareFinalizeProvider, #[c
                 ids: TensorView::from_slice(&[0; TOKENS], DType::I32, &[TOKENS, 1]).unwrap(),
                 weights: TensorView::from_slice(&[1.0f32; TOKENS], DType::F32, &[TOKENS, 1]).unwrap(),
             };
-            let sent = comm.prepare_send(&mut cx, PrepareInput { hidden, topk, fault: None }).unwrap();
+            let sent = comm
+                .prepare_send(&mut cx, PrepareInput { hidden, topk, input_scale: None, fault: None })
+                .unwrap();
             let (_, routed) = comm.prepare_recv(&mut cx, sent).unwrap();
             let sent = comm.finalize_send(&mut cx, routed, ExpertOut::InPlace).unwrap();
             let out = TensorViewMut::from_slice(&mut sums, DType::F32, &[TOKENS, HIDDEN]).unwrap();

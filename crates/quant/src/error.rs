@@ -39,6 +39,9 @@ pub enum QuantError {
         /// The scale.
         scale: f32,
     },
+    /// A call without the scale that a static quantiser takes from it.
+    #[error("the quantiser needs the static scale of the layer, the call has none")]
+    NoStaticScale,
     /// A weight is NaN where NaN would silently become a number.
     #[error("weight {index} is NaN (code {code:#04x})")]
     NanCode {

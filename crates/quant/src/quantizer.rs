@@ -19,18 +19,27 @@ pub struct Activations<'a> {
     pub hidden: TensorView<'a>,
     /// `[tokens]`: what is quantised is `bf16(x · factor)`. The tensor itself is never changed.
     pub row_factor: Option<&'a [f32]>,
+    /// The scale of the layer, for quantisers with a static scale; others do not read it.
+    pub static_scale: Option<f32>,
 }
 
 impl<'a> Activations<'a> {
     /// `hidden` as it is.
     pub fn of(hidden: TensorView<'a>) -> Self {
-        Self { hidden, row_factor: None }
+        Self { hidden, row_factor: None, static_scale: None }
     }
 
     /// The same, weighted row by row.
     #[must_use]
     pub fn weighted(mut self, row_factor: &'a [f32]) -> Self {
         self.row_factor = Some(row_factor);
+        self
+    }
+
+    /// The same with the static scale of the layer.
+    #[must_use]
+    pub fn scaled(mut self, static_scale: Option<f32>) -> Self {
+        self.static_scale = static_scale;
         self
     }
 
@@ -109,11 +118,11 @@ pub enum Quantizer {
 #[derive(Clone, Copy, Debug)]
 pub struct Unquantized;
 
-/// One scale for all rows of a call, from their largest magnitude or fixed beforehand.
+/// One scale for all rows of a call, from their largest magnitude, or that of the layer.
 #[derive(Clone, Copy, Debug)]
 pub struct PerTensor {
     rows: RowQuantizer,
-    static_scale: Option<f32>,
+    source: ScaleSource,
 }
 
 /// One scale per row.
@@ -138,6 +147,9 @@ impl Quantizer {
     /// The same with a given instruction set. The results are the same bits.
     pub fn for_scheme_with(isa: Isa, scheme: QuantScheme) -> Self {
         match (scheme.fp8(), scheme.activation_granularity()) {
+            (Some(format), Some(_)) if scheme.scale_source() == ScaleSource::Static => {
+                Self::per_tensor(isa, format, ScaleSource::Static)
+            }
             (Some(format), Some(granularity)) => Self::dynamic(isa, format, granularity),
             _ => Unquantized.into(),
         }
@@ -147,7 +159,7 @@ impl Quantizer {
     /// two FNUZ formats of the same element type differ.
     ///
     /// # Errors
-    /// [`QuantError::UnsupportedWire`], which for static scales says to use [`Quantizer::per_tensor_static`].
+    /// [`QuantError::UnsupportedWire`].
     pub fn for_wire(isa: Isa, wire: WireFormat, max: Fp8Format) -> Result<Self, QuantError> {
         let unsupported = |why| Err(QuantError::UnsupportedWire { wire, why });
         let Some(scale) = wire.scale else {
@@ -158,10 +170,13 @@ impl Quantizer {
         };
         if wire.payload != max.dtype() {
             unsupported("the payload is not of the FP8 format that was asked for")
-        } else if scale.source != ScaleSource::Dynamic {
-            unsupported("a static scale must be given")
         } else if scale.dtype != DType::F32 || scale.order != ScaleOrder::RowMajor {
             unsupported("scales are written row by row in f32")
+        } else if scale.source == ScaleSource::Static {
+            match scale.granularity {
+                Granularity::Tensor => Ok(Self::per_tensor(isa, max, ScaleSource::Static)),
+                _ => unsupported("a static scale is that of a tensor"),
+            }
         } else {
             Ok(Self::dynamic(isa, max, scale.granularity))
         }
@@ -176,14 +191,8 @@ impl Quantizer {
         Self::for_wire(Isa::detect(), wire, scheme.fp8().unwrap_or(Fp8Format::E4M3Fn))
     }
 
-    /// A per-tensor quantiser with a scale fixed when the model was quantised.
-    ///
-    /// # Errors
-    /// [`QuantError::BadScale`] unless `scale` and `1/scale` are positive and finite.
-    pub fn per_tensor_static(isa: Isa, format: Fp8Format, scale: f32) -> Result<Self, QuantError> {
-        check_scale(0, scale)?;
-        let rows = RowQuantizer::new(format).with_isa(isa);
-        Ok(PerTensor { rows, static_scale: Some(scale) }.into())
+    fn per_tensor(isa: Isa, format: Fp8Format, source: ScaleSource) -> Self {
+        PerTensor { rows: RowQuantizer::new(format).with_isa(isa), source }.into()
     }
 
     fn dynamic(isa: Isa, format: Fp8Format, granularity: Granularity) -> Self {
@@ -191,7 +200,7 @@ impl Quantizer {
         match granularity {
             Granularity::Token => PerToken { rows }.into(),
             Granularity::Group(group) => PerGroup { rows, group }.into(),
-            _ => PerTensor { rows, static_scale: None }.into(),
+            _ => Self::per_tensor(isa, format, ScaleSource::Dynamic),
         }
     }
 
@@ -205,7 +214,8 @@ impl Quantizer {
     ///
     /// # Errors
     /// [`QuantError::NotMatrix`], [`QuantError::InputDType`], [`QuantError::BufferLength`] for the row factors,
-    /// [`QuantError::View`] for a tensor that is not on the host or has gaps inside its rows.
+    /// [`QuantError::View`] for a tensor that is not on the host or has gaps inside its rows,
+    /// [`QuantError::NoStaticScale`] and [`QuantError::BadScale`] for a quantiser with a static scale.
     pub fn prepare<'a>(&self, activations: Activations<'a>) -> Result<PreparedRows<'a>, QuantError> {
         let (tokens, hidden) = activations.dims()?;
         if tokens > 0 {
@@ -313,14 +323,14 @@ fn store<T: Copy>(stored: &mut [[u8; 2]], src: &[T], round: impl Fn(T) -> bf16) 
 
 impl WriteRow for PerTensor {
     fn wire(&self) -> WireFormat {
-        let source = if self.static_scale.is_some() { ScaleSource::Static } else { ScaleSource::Dynamic };
-        let scale = ScaleLayout { source, ..ScaleLayout::dynamic_f32(Granularity::Tensor) };
+        let scale = ScaleLayout { source: self.source, ..ScaleLayout::dynamic_f32(Granularity::Tensor) };
         WireFormat { payload: self.rows.format().dtype(), scale: Some(scale) }
     }
 
     fn tensor_scale(&self, activations: &Activations<'_>) -> Result<f32, QuantError> {
-        if let Some(scale) = self.static_scale {
-            return Ok(scale);
+        if self.source == ScaleSource::Static {
+            let scale = activations.static_scale.ok_or(QuantError::NoStaticScale)?;
+            return check_scale(0, scale).map(|()| scale);
         }
         let (tokens, _) = activations.dims()?;
         let mut amax: f32 = 0.0;

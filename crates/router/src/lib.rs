@@ -4,7 +4,7 @@
 //! [`gate_logits`] multiplies hidden states with the gate's weight; [`HostRouter`] chooses the experts by any of
 //! the [`RoutingMethod`](fused_moe_core::RoutingMethod)s of the core, or takes them from a [`HashTable`], and
 //! appends [`SharedSlots`]; [`shared_expert_gate`] is the factor that Qwen2-MoE puts on its shared expert.
-//! [`simulate`] makes top-k rows without a model.
+//! [`simulate`] makes top-k rows without a model, [`eplb`] spreads replicas of busy experts over the ranks.
 //!
 //! ```
 //! use fused_moe_core::{
@@ -34,11 +34,12 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! What it does not do: it knows neither expert placement nor redundant experts, splits no work over threads
+//! What it does not do: a router knows logical experts alone (replicas come after it), splits no work over threads
 //! (every rank routes its own tokens), and allocates nothing in a call for up to 1024 experts.
 
 mod best;
 mod config;
+pub mod eplb;
 mod gate;
 mod host;
 mod recipe;

@@ -42,6 +42,9 @@ pub fn config(quant: QuantScheme, shape: Shape, placement: ExpertPlacement) -> M
         quant,
         activation: Activation::Silu,
         apply_router_weight_on_input: false,
+        expert_bias: false,
+        padding: Default::default(),
+        redundant_experts: 0,
         routing: None,
         ranks_per_node: placement.ep_size(),
         placement,
@@ -101,10 +104,9 @@ impl Matrix {
     pub fn lend(&self) -> WeightMatrix<'_> {
         let [n, k] = self.dims;
         let Some(format) = self.quant.fp8() else {
-            return WeightMatrix {
-                values: TensorView::from_slice(&self.bf16, DType::Bf16, &self.dims).unwrap(),
-                scale: None,
-            };
+            return WeightMatrix::unquantized(
+                TensorView::from_slice(&self.bf16, DType::Bf16, &self.dims).unwrap(),
+            );
         };
         let scales = |dims: &[usize]| TensorView::from_slice(&self.scales, DType::F32, dims).unwrap();
         let scale = match self.quant {
@@ -113,7 +115,7 @@ impl Matrix {
             _ => WeightScale::Tensor(self.scales[0]),
         };
         let values = TensorView::from_slice(&self.codes, format.dtype(), &self.dims).unwrap();
-        WeightMatrix { values, scale: Some(scale) }
+        WeightMatrix { values, scale: Some(scale), bias: None, input_scale: None }
     }
 }
 

@@ -60,6 +60,9 @@ fn a_round_and_a_reduction_allocate_nothing() {
         quant: QuantScheme::Unquantized,
         activation: Activation::Silu,
         apply_router_weight_on_input: false,
+        expert_bias: false,
+        padding: Default::default(),
+        redundant_experts: 0,
         routing: None,
         placement: ExpertPlacement::linear(8, 1).unwrap(),
         ranks_per_node: 1,
@@ -78,6 +81,7 @@ fn a_round_and_a_reduction_allocate_nothing() {
         let count = allocations(|| {
             let input = PrepareInput {
                 hidden: TensorView::from_slice(&hidden, DType::Bf16, &[tokens, 32]).unwrap(),
+                input_scale: None,
                 topk: TopK {
                     ids: TensorView::from_slice(&ids, DType::I32, &[tokens, 2]).unwrap(),
                     weights: TensorView::from_slice(&weights, DType::F32, &[tokens, 2]).unwrap(),

@@ -382,7 +382,7 @@ fn a_fault_of_the_caller_goes_through_the_phases() {
     let mut cx = ExecCx { stream: Stream::Host, workspace: memory.arena() };
     let fault = Fault::NonFiniteLogit { token: 0, expert: EXPERTS as u32 - 1 };
     let topk = TopK { ..tokens.topk() };
-    let input = PrepareInput { hidden: tokens.hidden(), topk, fault: Some(fault) };
+    let input = PrepareInput { hidden: tokens.hidden(), topk, input_scale: None, fault: Some(fault) };
     let error = rig.kernel.prepare_finalize().prepare(&mut cx, input).unwrap_err();
     assert_eq!(error.kind, failed(ME, fault));
     rig.apply_right(&tokens);

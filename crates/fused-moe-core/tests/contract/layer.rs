@@ -29,6 +29,9 @@ pub fn config(ranks: usize) -> MoeConfig {
         quant: QuantScheme::Unquantized,
         activation: Activation::Silu,
         apply_router_weight_on_input: false,
+        expert_bias: false,
+        padding: Default::default(),
+        redundant_experts: 0,
         routing: None,
         placement: ExpertPlacement::linear(EXPERTS, ranks).unwrap(),
         ranks_per_node: ranks,
@@ -71,6 +74,6 @@ impl Tokens {
     }
 
     pub fn input(&self) -> PrepareInput<'_> {
-        PrepareInput { hidden: self.hidden(), topk: self.topk(), fault: None }
+        PrepareInput { hidden: self.hidden(), topk: self.topk(), input_scale: None, fault: None }
     }
 }

@@ -47,7 +47,7 @@ fn a_monolithic_round_has_no_routing() {
     let tokens = Tokens::random(&mut fresh(), 2);
     let logits = [0.5; 2 * EXPERTS];
     let logits = TensorView::from_slice(&logits, DType::F32, &[2, EXPERTS]).unwrap();
-    let input = MonolithicInput { hidden: tokens.hidden(), logits, fault: None };
+    let input = MonolithicInput { hidden: tokens.hidden(), logits, input_scale: None, fault: None };
     let (sent, fault) = ledger().open_monolithic(&config(2), &input).unwrap();
     assert_eq!(fault, None);
     let routing = sent.routing();

@@ -154,7 +154,7 @@ fn a_logit_is_a_number_or_masked(#[case] value: f32, #[case] wanted: Option<Faul
     logits[EXPERTS + 3] = value;
     let open = |logits: &[f32], dims: &[usize]| {
         let logits = TensorView::from_slice(logits, DType::F32, dims).unwrap();
-        let input = MonolithicInput { hidden: tokens.hidden(), logits, fault: None };
+        let input = MonolithicInput { hidden: tokens.hidden(), logits, input_scale: None, fault: None };
         let (sent, fault) =
             TicketLedger::new("toy", ME, &config(2)).open_monolithic(&config(2), &input).unwrap();
         assert_eq!(sent.routing().num_tokens(), if fault.is_some() { 0 } else { 2 });

@@ -1,7 +1,7 @@
 //! Which configurations host experts run, and which plans a built one accepts.
 
 use fused_moe_core::{
-    Axis, DType, DeviceKind, ExpertsCaps, MoeConfig, Plan, RouterWeight, Unsupported, WireFormat,
+    Axis, DType, DeviceKind, ExpertsCaps, MoeConfig, Padding, Plan, RouterWeight, Unsupported, WireFormat,
 };
 
 use super::{ExpertsError, Scheme, epilogue};
@@ -39,6 +39,12 @@ impl Supported {
         if scheme.is_none() {
             let wanted = "none, fp8-block, fp8-ptpc or dynamic fp8-per-tensor in e4m3fn or e4m3fnuz";
             no(Axis::Quant, wanted, config.quant.to_string());
+        }
+        if config.expert_bias {
+            no(Axis::Weights, "experts without biases", "biases".into());
+        }
+        if config.padding != Padding::default() {
+            no(Axis::Shape, "no padding", format!("{:?}", config.padding));
         }
         why.extend(own);
         match (scheme, epilogue) {

@@ -114,7 +114,7 @@ impl StoredMatrix {
             QuantScheme::Fp8Ptpc(_) => Some(WeightScale::Channel(scales(&[rows]))),
             _ => self.scales.first().copied().map(WeightScale::Tensor),
         };
-        WeightMatrix { values: values.expect(FITS), scale }
+        WeightMatrix { scale, ..WeightMatrix::unquantized(values.expect(FITS)) }
     }
 
     fn bytes(&self) -> usize {

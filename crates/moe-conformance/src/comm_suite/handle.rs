@@ -95,11 +95,11 @@ impl Handle {
         with_cx(|cx| match &mut self.comm {
             PrepareFinalize::Modular(comm) => {
                 let (hidden, topk, fault) = (lent.states(), lent.topk(), lent.fault);
-                comm.prepare_send(cx, PrepareInput { hidden, topk, fault })
+                comm.prepare_send(cx, PrepareInput { hidden, topk, input_scale: None, fault })
             }
             PrepareFinalize::Monolithic(comm) => {
                 let (hidden, logits, fault) = (lent.states(), lent.logits(), lent.fault);
-                comm.prepare_send(cx, MonolithicInput { hidden, logits, fault })
+                comm.prepare_send(cx, MonolithicInput { hidden, logits, input_scale: None, fault })
             }
         })
     }

@@ -1,9 +1,9 @@
 //! Modular experts on the standard format.
 
 use fused_moe_core::{
-    ActivationFormat, Arrived, Axis, DType, DeviceKind, Dispatched, Error, ExecCx, ExpertMap, ExpertMatrices,
-    ExpertWeights, Experts, ExpertsCaps, ExpertsModular, ExpertsProvider, MoeConfig, Plan, Rank, Result,
-    RouterWeight, Stage, Support, TensorViewMut, Unsupported, WireFormat,
+    Activation, ActivationFormat, Arrived, Axis, DType, DeviceKind, Dispatched, Error, ExecCx, ExpertMap,
+    ExpertMatrices, ExpertWeights, Experts, ExpertsCaps, ExpertsModular, ExpertsProvider, MoeConfig, Padding,
+    Plan, QuantScheme, Rank, Result, RouterWeight, Stage, Support, TensorViewMut, Unsupported, WireFormat,
 };
 
 use super::compute::{Compute, Pair};
@@ -27,6 +27,16 @@ pub(super) fn refusals(config: &MoeConfig) -> Vec<Unsupported> {
     }
     if config.device != DeviceKind::Host {
         why.push(Unsupported::new(Axis::Device, format!("{:?}", config.device), "Host"));
+    }
+    if config.activation != Activation::Silu || config.expert_bias || config.padding != Padding::default() {
+        why.push(Unsupported::new(
+            Axis::Activation,
+            "silu without biases and padding",
+            config.activation.name(),
+        ));
+    }
+    if matches!(config.quant, QuantScheme::Mxfp4 | QuantScheme::Nvfp4 | QuantScheme::Fp8PerTensorStatic(_)) {
+        why.push(Unsupported::new(Axis::Quant, config.quant.name(), "none, dynamic FP8"));
     }
     why
 }

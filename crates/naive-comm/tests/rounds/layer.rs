@@ -62,6 +62,9 @@ impl Case {
             quant: self.quant,
             activation: Activation::Silu,
             apply_router_weight_on_input: self.weight_on_input,
+            expert_bias: false,
+            padding: Default::default(),
+            redundant_experts: 0,
             routing: None,
             placement: ExpertPlacement::from_owners(&owners, self.ranks).expect("ranks exist"),
             ranks_per_node: self.ranks,
@@ -140,12 +143,17 @@ impl Tokens {
         let dims = [self.count, case.top_k];
         let ids = TensorView::from_slice(&self.ids, DType::I32, &dims).unwrap();
         let weights = TensorView::from_slice(&self.weights, DType::F32, &dims).unwrap();
-        PrepareInput { hidden: self.hidden(case), topk: TopK { ids, weights }, fault: None }
+        PrepareInput {
+            hidden: self.hidden(case),
+            topk: TopK { ids, weights },
+            input_scale: None,
+            fault: None,
+        }
     }
 
     pub fn monolithic_input(&self, case: &Case) -> MonolithicInput<'_> {
         let logits = TensorView::from_slice(&self.logits, DType::F32, &[self.count, EXPERTS]).unwrap();
-        MonolithicInput { hidden: self.hidden(case), logits, fault: None }
+        MonolithicInput { hidden: self.hidden(case), logits, input_scale: None, fault: None }
     }
 
     pub fn hidden(&self, case: &Case) -> TensorView<'_> {

@@ -2,7 +2,7 @@
 
 use fused_moe_core::{DType, Fp8Format, Granularity, Layout, QuantScheme, TensorView};
 use half::bf16;
-use quant::{Activations, Isa, QuantizedRow, Quantizer};
+use quant::{Activations, Isa, QuantError, QuantizedRow, Quantizer};
 use rand::Rng;
 use rstest::rstest;
 
@@ -115,9 +115,12 @@ fn a_static_scale_is_used_and_sent() {
     let mut rng = fresh("static");
     let narrow = row(&mut rng, Kind::Normal, 600);
     let view = TensorView::from_slice(&narrow, DType::Bf16, &[2, 300]).unwrap();
-    let quantizer = Quantizer::per_tensor_static(Isa::detect(), Fp8Format::E4M3Fn, 0.01).unwrap();
+    let quantizer = Quantizer::for_scheme(QuantScheme::Fp8PerTensorStatic(Fp8Format::E4M3Fn));
     let (mut payload, mut scales) = ([0xaa; 600], [f32::NAN; 2]);
-    quantizer.quantize_rows(Activations::of(view), &mut payload, &mut scales).unwrap();
+    let missing = quantizer.quantize_rows(Activations::of(view), &mut payload, &mut scales).unwrap_err();
+    assert!(matches!(missing, QuantError::NoStaticScale), "{missing}");
+    let activations = Activations::of(view).scaled(Some(0.01));
+    quantizer.quantize_rows(activations, &mut payload, &mut scales).unwrap();
     assert_eq!(scales, [0.01; 2]);
     assert_eq!(payload.to_vec(), quantize_scaled(Fp8Format::E4M3Fn, &widen(&narrow), 0.01));
 }

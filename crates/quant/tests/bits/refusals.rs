@@ -74,10 +74,11 @@ fn wrong_tensors(
 
 #[rstest]
 fn wrong_scales(#[values(0.0, -1.0, 1e-40, f32::NAN, f32::INFINITY)] scale: f32) {
-    assert!(matches!(
-        Quantizer::per_tensor_static(Isa::SCALAR, FORMAT, scale),
-        Err(QuantError::BadScale { .. })
-    ));
+    let quantizer = Quantizer::for_scheme_with(Isa::SCALAR, QuantScheme::Fp8PerTensorStatic(FORMAT));
+    let row = [1.0f32];
+    let view = TensorView::from_slice(&row, DType::F32, &[1, 1]).unwrap();
+    let error = quantizer.prepare(Activations::of(view).scaled(Some(scale))).map(|_| ());
+    assert!(matches!(error, Err(QuantError::BadScale { .. })));
     let error = RowQuantizer::new(FORMAT).quantize_scaled(&[1.0f32], scale, &mut [0]);
     assert!(matches!(error, Err(QuantError::BadScale { .. })));
 }
