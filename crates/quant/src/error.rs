@@ -50,6 +50,28 @@ pub enum QuantError {
         /// The code.
         code: u8,
     },
+    /// A row that is not whole groups of a format that has no ragged ones.
+    #[error("a row of {columns} elements is not whole groups of {group}")]
+    RaggedGroup {
+        /// Elements of the row.
+        columns: usize,
+        /// Elements of a group.
+        group: usize,
+    },
+    /// A weight is NaN, for which the format has no code.
+    #[error("weight {index} is NaN, which FP4 cannot hold")]
+    NanWeight {
+        /// Position of the weight, in elements.
+        index: usize,
+    },
+    /// A scale code is NaN.
+    #[error("scale {index} is NaN (code {code:#04x})")]
+    NanScale {
+        /// Position among the scales.
+        index: usize,
+        /// The code.
+        code: u8,
+    },
     /// No quantiser writes this wire format.
     #[error("no quantiser writes {wire}: {why}")]
     UnsupportedWire {

@@ -51,6 +51,8 @@ pub trait Lanes: Copy {
 /// [`Unrounded`](crate::Unrounded).
 pub trait Source: Copy {
     const ZERO: Self;
+    /// The number in f32, which holds it exactly.
+    fn widen(self) -> f32;
     /// # Safety
     /// As the methods of [`Lanes`]; `src` is readable for `V::LANES` elements.
     unsafe fn load<V: Lanes>(src: *const Self) -> V;
@@ -58,6 +60,10 @@ pub trait Source: Copy {
 
 impl Source for f32 {
     const ZERO: Self = 0.0;
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
     #[inline(always)]
     unsafe fn load<V: Lanes>(src: *const Self) -> V {
         // SAFETY: the caller's contract is that of `load_f32`.
@@ -67,6 +73,11 @@ impl Source for f32 {
 
 impl Source for bf16 {
     const ZERO: Self = bf16::ZERO;
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        // By hand, because `bf16::to_f32` treats NaN apart.
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
     #[inline(always)]
     unsafe fn load<V: Lanes>(src: *const Self) -> V {
         // SAFETY: the caller's contract is that of `load_bf16`.

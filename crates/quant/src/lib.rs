@@ -1,4 +1,4 @@
-//! FP8 codecs and quantisers of the fused-moe pipeline, on the host.
+//! FP8 and FP4 codecs and quantisers of the fused-moe pipeline, on the host.
 //!
 //! Activations meet this crate twice: before dispatch (stage 2, or before gemm1) and, once the activation
 //! function's output has been rounded to bf16, before gemm2 (stage 3). Weights meet it at load.
@@ -31,8 +31,10 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! What it does not do: no GPU code, no 4-bit formats, no threads of its own (rows are independent; callers
-//! split them), no swizzled or transposed scale layouts.
+//! [`fp4`] has MXFP4 and NVFP4, whose formulas stand there.
+//!
+//! What it does not do: no GPU code, no threads of its own (rows are independent; callers split them), no swizzled
+//! or transposed scale layouts.
 
 mod error;
 
@@ -45,6 +47,8 @@ mod row;
 
 mod convert;
 mod weights;
+
+pub mod fp4;
 
 pub use codec::{decode, decode_table, decode_table_bf16, encode};
 pub use convert::e4m3fn_to_e4m3fnuz;

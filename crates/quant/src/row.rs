@@ -10,7 +10,7 @@ use crate::kernel::{Amax, AsIs, Encode, Groups, Prologue, Source, Weighted};
 
 /// No scale is computed from a smaller largest magnitude, so that an all-zero group has a scale that can be
 /// divided by and the codes 0.
-const AMAX_FLOOR: f32 = 1e-10;
+pub(crate) const AMAX_FLOOR: f32 = 1e-10;
 
 /// The scale of a group whose largest finite magnitude is `amax`: `max(amax, 1e-10) · (1/max)`, in f32.
 pub fn scale_for_amax(format: Fp8Format, amax: f32) -> f32 {

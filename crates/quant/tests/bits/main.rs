@@ -2,6 +2,7 @@
 
 mod activations;
 mod codec;
+mod fp4;
 mod golden;
 mod isa;
 mod reference;
