@@ -177,7 +177,14 @@ impl MoeConfig {
                 no(Axis::Shape, format!("{name} of at least 1"), "0".into());
             }
         }
-        if self.top_k > self.num_logical_experts() {
+        if self.redundant_experts > 0 && self.redundant_experts >= self.num_experts() {
+            let most = self.num_experts().saturating_sub(1);
+            no(
+                Axis::Shape,
+                format!("redundant_experts of at most {most} in {} experts", self.num_experts()),
+                self.redundant_experts.to_string(),
+            );
+        } else if self.top_k > self.num_logical_experts() {
             no(
                 Axis::Shape,
                 format!("top_k of at most {} (the number of experts)", self.num_logical_experts()),

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use crate::config::MoeConfig;
-use crate::error::{Error, ErrorKind, Mismatch, Stage};
-use crate::group::ProcessGroup;
+use crate::error::{Error, ErrorKind, Stage};
+use crate::group::{ProcessGroup, first_mismatch};
 use crate::kernel::{FusedMoEKernel, KernelBytes, ModularKernel, MonolithicKernel, OutputShape};
 use crate::negotiate::{Axis, ExpertsCaps, Plan, Support, Unsupported, negotiate};
 use crate::placement::Rank;
@@ -135,25 +135,9 @@ fn agree(config: &MoeConfig, plan: Option<&Plan>, group: &dyn ProcessGroup) -> R
     fields.push(("experts", plan.map_or("none", Plan::experts).to_string()));
     fields.push(("wire", plan.map_or("none".into(), |p| p.wire().to_string())));
     fields.push(("max_rows", plan.map_or("none".into(), |p| p.max_rows().to_string())));
-    let mine: Vec<String> = fields.iter().map(|(name, value)| format!("{name}={value}")).collect();
-    let all = group.all_gather(mine.join("\n").as_bytes())?;
-    for (rank, theirs) in all.iter().enumerate() {
-        let theirs = String::from_utf8_lossy(theirs);
-        let mut theirs = theirs.lines();
-        for (name, value) in &fields {
-            let line = theirs.next().unwrap_or("");
-            let other = line.strip_prefix(name).and_then(|l| l.strip_prefix('='));
-            if other != Some(value) {
-                let mismatch = Mismatch {
-                    field: (*name).to_string(),
-                    mine: value.clone(),
-                    theirs: other.unwrap_or(line).to_string(),
-                    rank: Rank(rank as u32),
-                };
-                let kind = ErrorKind::Mismatch(Box::new(mismatch));
-                return Err(Error::new(kind, Stage::QuantizeDispatch, FACTORY));
-            }
-        }
+    if let Some(mismatch) = first_mismatch(group, &fields)? {
+        let kind = ErrorKind::Mismatch(Box::new(mismatch));
+        return Err(Error::new(kind, Stage::QuantizeDispatch, FACTORY));
     }
     let (wanted, found) = (config.ep_size(), group.world_size());
     if wanted != found {

@@ -2,7 +2,7 @@
 
 use std::any::Any;
 
-use crate::error::Result;
+use crate::error::{Mismatch, Result};
 use crate::placement::Rank;
 
 /// One rank's membership in an expert-parallel group.
@@ -24,6 +24,36 @@ pub trait ProcessGroup: Send + Sync {
 
     /// The concrete group.
     fn as_any(&self) -> &dyn Any;
+}
+
+/// Compares named values over all ranks: the first difference from this rank's own, `None` if there is none.
+/// Collective; where one rank sees a difference, every rank sees one. Values have no line breaks.
+///
+/// # Errors
+/// As [`ProcessGroup::all_gather`].
+pub fn first_mismatch(
+    group: &dyn ProcessGroup,
+    fields: &[(&'static str, String)],
+) -> Result<Option<Mismatch>> {
+    let mine: Vec<String> = fields.iter().map(|(name, value)| format!("{name}={value}")).collect();
+    let all = group.all_gather(mine.join("\n").as_bytes())?;
+    for (rank, theirs) in all.iter().enumerate() {
+        let theirs = String::from_utf8_lossy(theirs);
+        let mut theirs = theirs.lines();
+        for (name, value) in fields {
+            let line = theirs.next().unwrap_or("");
+            let other = line.strip_prefix(name).and_then(|l| l.strip_prefix('='));
+            if other != Some(value) {
+                return Ok(Some(Mismatch {
+                    field: (*name).to_string(),
+                    mine: value.clone(),
+                    theirs: other.unwrap_or(line).to_string(),
+                    rank: Rank(rank as u32),
+                }));
+            }
+        }
+    }
+    Ok(None)
 }
 
 /// The group of one rank.

@@ -80,7 +80,7 @@ pub use routing::{ExpertGroups, RoutingConfig, RoutingMethod, UnknownRoutingMeth
 
 pub use error::{Error, ErrorKind, Mismatch, Result, Source, Stage};
 pub use fault::Fault;
-pub use group::{ProcessGroup, SingleRank};
+pub use group::{ProcessGroup, SingleRank, first_mismatch};
 
 pub use exec::{ARENA_ALIGN, Arena, ExecCx, Stream};
 pub use router::{Router, RouterInput, RouterOutput, TopK, TopKMut};

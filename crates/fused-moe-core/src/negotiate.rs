@@ -347,6 +347,12 @@ pub fn negotiate(
     if prepare.kind != experts.kind {
         no(Axis::KernelKind, experts.kind.name().into(), prepare.kind.name().into());
     }
+    if config.redundant_experts > 0 && experts.kind == KernelKind::Monolithic {
+        // They would choose a logical expert, and nobody between choice and weights could name a replica of it.
+        let wanted =
+            format!("{} for {} redundant experts", KernelKind::Modular.name(), config.redundant_experts);
+        no(Axis::KernelKind, wanted, experts.kind.name().into());
+    }
     if prepare.format != experts.format {
         no(Axis::Format, experts.format.name().into(), prepare.format.name().into());
     }

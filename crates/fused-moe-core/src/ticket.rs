@@ -206,6 +206,11 @@ impl TicketLedger {
         self.round
     }
 
+    /// The round whose tickets are still out; `None` between rounds and after a loss.
+    pub fn in_flight(&self) -> Option<u64> {
+        (!matches!(self.state, State::Idle | State::Lost(_))).then_some(self.round)
+    }
+
     /// Opens a modular round: checks the input and copies the routing into the ticket.
     ///
     /// With a fault (an invalid input, or one that the caller reports) the ticket holds no tokens, and the

@@ -144,19 +144,23 @@ fn a_dropped_ticket_is_made_again_in_every_state() {
     let tokens = Tokens::random(&mut fresh(), 2);
     let mut ledger = ledger();
     assert!(ledger.outstanding().is_none());
+    assert_eq!(ledger.in_flight(), None);
     drop(ledger.open(&config(2), &tokens.input()).unwrap());
     let Some(Outstanding::PrepareSent(sent)) = ledger.outstanding() else { panic!("prepare is sent") };
     assert_eq!((sent.round(), sent.routing().num_tokens()), (1, 0));
     drop(ledger.receive_prepare(sent).unwrap());
     let Some(Outstanding::Dispatched(routed)) = ledger.outstanding() else { panic!("dispatched") };
     assert_eq!((routed.round(), routed.routing().num_tokens()), (1, 0));
+    assert_eq!(ledger.in_flight(), Some(1));
     drop(ledger.send_finalize(routed).unwrap());
     let Some(Outstanding::FinalizeSent(sent)) = ledger.outstanding() else { panic!("finalize is sent") };
     let routing = ledger.receive_finalize(sent).unwrap();
     let error = ledger.fail_finalize(routing, ME, Fault::Abandoned);
     assert_eq!(error.kind, ErrorKind::RankFailed { rank: ME, fault: Fault::Abandoned });
     assert!(ledger.outstanding().is_none());
+    assert_eq!(ledger.in_flight(), None);
     assert_eq!(ledger.open(&config(2), &tokens.input()).unwrap().0.routing().ids(), tokens.ids);
+    assert_eq!(ledger.in_flight(), Some(2));
 }
 
 #[test]
@@ -168,6 +172,7 @@ fn a_lost_peer_poisons_the_handle() {
     let kind = ErrorKind::PeerLost { rank: Rank(0), round: 1 };
     assert_eq!(lost.kind, kind);
     assert!(ledger.outstanding().is_none(), "there is nobody to settle with");
+    assert_eq!(ledger.in_flight(), None);
     assert_eq!(ledger.receive_prepare(sent).unwrap_err().kind, kind);
     ledger.close(Routing::default());
     assert_eq!(ledger.open(&config(2), &tokens.input()).unwrap_err().kind, kind, "closing does not heal");

@@ -65,6 +65,11 @@ fn set(change: fn(&mut MoeConfig)) -> fn(&mut MoeConfig) {
     (p.kind, e.kind) = (KernelKind::Monolithic, KernelKind::Monolithic);
     e.weight_and_reduce = Contiguous.into();
 }))]
+#[case::monolithic_with_replicas(&[Axis::KernelKind], with(|c, p, e| {
+    (p.kind, e.kind) = (KernelKind::Monolithic, KernelKind::Monolithic);
+    c.redundant_experts = 1;
+}))]
+#[case::replicas(&[], with(|c, _, _| c.redundant_experts = 1))]
 #[case::batched_delegate(&[], with(|_, p, e| {
     (p.format, e.format) = (ActivationFormat::BatchedExperts, ActivationFormat::BatchedExperts);
     p.combine = CombineKind::WeightAndReduce;
@@ -220,6 +225,18 @@ fn routing() -> RoutingConfig {
 #[case::routing_experts(
     &["routing: needs routing for top-3 of 5 experts, found top-3 of 9"],
     set(|c| c.routing = Some(RoutingConfig { num_experts: 9, ..routing() }))
+)]
+#[case::replicas(
+    &["shape: needs top_k of at most 2 (the number of experts), found 3"],
+    set(|c| c.redundant_experts = 3)
+)]
+#[case::only_replicas(
+    &["shape: needs redundant_experts of at most 4 in 5 experts, found 5"],
+    set(|c| c.redundant_experts = 5)
+)]
+#[case::routing_knows_logical_experts(
+    &["routing: needs routing for top-3 of 4 experts, found top-3 of 5"],
+    set(|c| (c.redundant_experts, c.routing) = (1, Some(routing())))
 )]
 #[case::several(
     &["shape: needs hidden of at least 1, found 0", "shape: needs top_k of at most 5 (the number of experts), found 7",
