@@ -1,4 +1,4 @@
-//! `route` allocates nothing, whatever the method, for 1024 experts.
+//! `route` allocates nothing, whatever the method, for 1024 experts; neither does what EPLB adds to a call.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -8,6 +8,7 @@ use fused_moe_core::{
     TensorViewMut, TopKMut,
 };
 use router::HostRouter;
+use router::eplb::{LoadRecorder, LoadShape, ReplicaTable};
 
 thread_local! {
     static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
@@ -76,4 +77,19 @@ fn route_allocates_nothing() {
         router.route(&mut cx, view, out).unwrap();
         assert_eq!(ALLOCATIONS.with(Cell::get), before, "{method}");
     }
+}
+
+#[test]
+fn replicas_are_chosen_and_counted_without_allocating() {
+    let table = ReplicaTable::identity(60, 12).unwrap();
+    let mut recorder = LoadRecorder::new(LoadShape { layers: 2, physical: 72, window: 3 }).unwrap();
+    let logical: Vec<i32> = (0..400).map(|i| i * 17 % 61 - 1).collect();
+    let mut physical = vec![0; logical.len()];
+    let before = ALLOCATIONS.with(Cell::get);
+    for _ in 0..5 {
+        table.map(8, &logical, &mut physical).unwrap();
+        recorder.record(1, &physical).unwrap();
+        recorder.end_step();
+    }
+    assert_eq!(ALLOCATIONS.with(Cell::get), before);
 }
