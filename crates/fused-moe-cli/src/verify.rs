@@ -1,7 +1,7 @@
 //! A run against the f64 oracle.
 
 use anyhow::Context;
-use fused_moe::{DType, TensorView, TensorViewMut, router::shared_expert_gate};
+use fused_moe::{Activation, DType, Padding, TensorView, TensorViewMut, router::shared_expert_gate};
 use fused_moe::{ExpertMatrices, ExpertPlacement, MoeConfig, Plan, QuantScheme, Rank, RouterWeight};
 use moe_checkpoint::{ExpertTensors, MoeLayer};
 use moe_conformance::oracle::{InputScales, Layer, RankTokens, Shape};
@@ -63,6 +63,8 @@ pub fn verify(subject: &Subject<'_>, hidden: &HiddenStates, run: &LayerRun) -> a
         let routed = Layer {
             shape: Shape { hidden: config.hidden, intermediate: config.intermediate, top_k: config.top_k },
             quant: config.quant,
+            activation: config.activation,
+            padding: config.padding,
             router_weight: RouterWeight::OnOutput,
             input_scales,
             experts: &views,
@@ -99,6 +101,8 @@ pub fn verify(subject: &Subject<'_>, hidden: &HiddenStates, run: &LayerRun) -> a
             let mine = Layer {
                 shape: Shape { hidden: config.hidden, intermediate, top_k: 1 },
                 quant: scheme,
+                activation: Activation::Silu,
+                padding: Padding::default(),
                 router_weight: RouterWeight::OnOutput,
                 input_scales: InputScales::OfSource,
                 experts: &views,

@@ -90,7 +90,8 @@ impl ExpertWeights {
         Self { backend, packed: Box::new(packed), bytes, input_scale: None }
     }
 
-    /// The same with the static scale of what gemm1 reads, by which a dispatch quantises.
+    /// The same with the static scale of what gemm1 reads, by which a dispatch quantises. Backends call it when they
+    /// pack; whoever loads the weights of a rank without experts does, since that rank sends tokens, too.
     #[must_use]
     pub fn with_input_scale(mut self, scale: Option<f32>) -> Self {
         self.input_scale = scale;

@@ -2,13 +2,13 @@
 
 use fused_moe_core::{
     ActivationFormat, Arrived, CombineKind, DType, Dispatched, DispatchedMonolithic, ExpertPlacement,
-    ExpertsCaps, Fp8Format, Granularity, KernelKind, Plan, PrepareCaps, Rank, ReceivedRows, RouterWeight,
-    TensorView, TokensPerExpert, TopK, Unsupported, WireFormat, negotiate,
+    ExpertsCaps, Fp8Format, KernelKind, Plan, PrepareCaps, QuantScheme, Rank, ReceivedRows, RouterWeight,
+    ScaleLayout, TensorView, TokensPerExpert, TopK, Unsupported, WireFormat, negotiate,
 };
 use half::bf16;
 
 use crate::case::{Case, RankInput};
-use crate::oracle::dequantized;
+use crate::oracle::Codes;
 use crate::wire::Encoding;
 
 /// Garbage rows behind the valid ones.
@@ -57,6 +57,7 @@ impl Batch {
         let encoding = Encoding {
             wire,
             format: case.quant.fp8(),
+            static_scale: case.static_scale(),
             router_weight: RouterWeight::OnOutput,
             kind: KernelKind::Modular,
         };
@@ -154,13 +155,12 @@ impl Batch {
 
     /// The rows as gemm1 must see them, for each reading of "per tensor" that is allowed where experts quantise:
     /// over all received rows, or over those that name a local expert.
-    pub(crate) fn values(&self, case: &Case, rank: Rank) -> Vec<Vec<f64>> {
-        let granularity = case.quant.activation_granularity();
-        if self.wire.scale.is_some() || granularity.is_none() {
+    pub(crate) fn values(&self, case: &Case, rank: Rank, codes: Codes) -> Vec<Vec<f64>> {
+        if self.wire.scale.is_some() {
             return vec![self.decoded.clone()];
         }
-        let all = dequantized(case.quant, granularity, &self.raw, self.hidden);
-        if granularity != Some(Granularity::Tensor) {
+        let all = codes.through(&self.raw, self.hidden);
+        if !codes.couples_rows() {
             return vec![all];
         }
         let mut needed = self.raw.clone();
@@ -169,7 +169,7 @@ impl Batch {
                 row.fill(bf16::ZERO);
             }
         }
-        vec![all, dequantized(case.quant, granularity, &needed, self.hidden)]
+        vec![all, codes.through(&needed, self.hidden)]
     }
 
     fn front(&self) -> Vec<usize> {
@@ -255,12 +255,13 @@ pub(crate) fn plan_for(
 }
 
 /// Whether this suite can write rows of `wire`: f32 scales, row by row, in the FP8 format of the scheme.
-pub(crate) fn writable(wire: WireFormat, format: Option<Fp8Format>) -> bool {
+pub(crate) fn writable(wire: WireFormat, quant: QuantScheme) -> bool {
     match wire.scale {
         None => wire.payload == DType::Bf16,
         Some(scale) => {
-            let dynamic = fused_moe_core::ScaleLayout::dynamic_f32(scale.granularity);
-            scale == dynamic && format.map(Fp8Format::dtype) == Some(wire.payload)
+            let dynamic = ScaleLayout::dynamic_f32(scale.granularity);
+            let of_scheme = ScaleLayout { source: quant.scale_source(), ..dynamic };
+            scale == of_scheme && quant.fp8().map(Fp8Format::dtype) == Some(wire.payload)
         }
     }
 }

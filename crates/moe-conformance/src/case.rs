@@ -6,14 +6,14 @@ mod weights;
 
 use fused_moe_core::{
     Activation, DType, DeviceKind, ExpertPlacement, Fp8Format, MoeConfig, Padding, QuantScheme, Rank,
-    RoutingConfig, RoutingMethod,
+    RoutingConfig, RoutingMethod, ScaleSource,
 };
 use rand::Rng;
 
 pub use input::RankInput;
 pub use weights::LayerWeights;
 
-use crate::oracle::Shape;
+use crate::oracle::{Shape, fp4};
 use crate::seed::Seed;
 
 /// Which experts tokens name.
@@ -69,7 +69,7 @@ impl TokenCounts {
 pub const EP_SIZES: [usize; 4] = [1, 2, 3, 8];
 
 /// The schemes that are tested, by the name that cases carry.
-pub const SCHEMES: [(&str, QuantScheme); 7] = [
+pub const SCHEMES: [(&str, QuantScheme); 10] = [
     ("none", QuantScheme::Unquantized),
     ("block", QuantScheme::Fp8Block(Fp8Format::E4M3Fn)),
     ("ptpc", QuantScheme::Fp8Ptpc(Fp8Format::E4M3Fn)),
@@ -77,6 +77,9 @@ pub const SCHEMES: [(&str, QuantScheme); 7] = [
     ("blockfnuz", QuantScheme::Fp8Block(Fp8Format::E4M3Fnuz)),
     ("ptpcfnuz", QuantScheme::Fp8Ptpc(Fp8Format::E4M3Fnuz)),
     ("tensorfnuz", QuantScheme::Fp8PerTensor(Fp8Format::E4M3Fnuz)),
+    ("static", QuantScheme::Fp8PerTensorStatic(Fp8Format::E4M3Fn)),
+    ("mxfp4", QuantScheme::Mxfp4),
+    ("nvfp4", QuantScheme::Nvfp4),
 ];
 
 /// `(hidden, intermediate)` of the cases; some are no multiples of 128 or of 64.
@@ -134,6 +137,29 @@ impl Case {
             expert_bias: false,
             padding: Padding::default(),
         }
+    }
+
+    /// A case within the limits of most GPU kernels: sizes that are multiples of 128, as many experts on every rank
+    /// and a multiple of 4 in all, linear placement; top-4 and uneven tokens.
+    pub fn plain(quant: QuantScheme, ep_size: usize, seed: Seed) -> Self {
+        let num_experts = 8 * ep_size;
+        Self {
+            hidden: 256,
+            intermediate: 128,
+            num_experts,
+            top_k: 4,
+            placement: linear(num_experts, ep_size),
+            ..Self::small(quant, ep_size, seed)
+        }
+    }
+
+    /// The case with padding in both sizes, as much as a third of them.
+    #[must_use]
+    pub fn padded(mut self) -> Self {
+        let mut rng = self.seed.derive(2_000_000).rng();
+        let hidden = rng.random_range(1..=self.hidden / 3);
+        self.padding = Padding { hidden, intermediate: rng.random_range(1..=self.intermediate / 3) };
+        self
     }
 
     /// Cases of `quant` over `ep_size` ranks in which every two of these meet: token counts, top-k {1, 4, 8},
@@ -198,6 +224,14 @@ impl Case {
             (self.hidden, self.intermediate) =
                 if self.hidden.is_multiple_of(128) { (128, 32) } else { (96, 32) };
         }
+        // Schemes whose groups must be whole get the next size that is.
+        let group = match self.quant {
+            QuantScheme::Mxfp4 => fp4::MX_GROUP,
+            QuantScheme::Nvfp4 => fp4::NV_GROUP,
+            _ => 1,
+        };
+        self.hidden = self.hidden.next_multiple_of(group);
+        self.intermediate = self.intermediate.next_multiple_of(group);
         self
     }
 
@@ -240,6 +274,11 @@ impl Case {
         }
     }
 
+    /// The static scale of what gemm1 reads, for schemes that have one.
+    pub(crate) fn static_scale(&self) -> Option<f32> {
+        weights::input_scales(self.quant)[0].filter(|_| self.quant.scale_source() == ScaleSource::Static)
+    }
+
     /// What every rank brings to round `round`. Later rounds have as many tokens or fewer.
     pub fn inputs(&self, round: u64) -> Vec<RankInput> {
         let seed = self.seed.derive(round);
@@ -256,8 +295,7 @@ impl Case {
 
     /// The weights of the layer.
     pub fn weights(&self) -> LayerWeights {
-        let seed = self.seed.derive(1_000_000);
-        LayerWeights::random(self.num_experts, [self.intermediate, self.hidden], self.quant, seed)
+        LayerWeights::random(self)
     }
 }
 
@@ -266,7 +304,7 @@ impl std::fmt::Display for Case {
         let owners: Vec<u32> = self.placement.owners().iter().map(|rank| rank.0).collect();
         write!(
             f,
-            "hidden {} intermediate {} top-{} of {} experts on ranks {owners:?}, tokens {:?}, {:?} routing, {}{}, seed {}",
+            "hidden {} intermediate {} top-{} of {} experts on ranks {owners:?}, tokens {:?}, {:?} routing, {}, {}{}{}{}, seed {}",
             self.hidden,
             self.intermediate,
             self.top_k,
@@ -274,7 +312,13 @@ impl std::fmt::Display for Case {
             self.tokens,
             self.routing,
             self.quant,
+            self.activation,
             if self.apply_router_weight_on_input { ", weight on input" } else { "" },
+            if self.expert_bias { ", biases" } else { "" },
+            match self.padding {
+                Padding { hidden: 0, intermediate: 0 } => String::new(),
+                Padding { hidden, intermediate } => format!(", padding {hidden} and {intermediate}"),
+            },
             self.seed,
         )
     }

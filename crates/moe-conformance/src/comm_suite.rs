@@ -106,6 +106,7 @@ impl Accepted {
         Encoding {
             wire: self.plan.wire(),
             format: case.quant.fp8(),
+            static_scale: case.static_scale(),
             router_weight: self.plan.router_weight(),
             kind: self.plan.kind(),
         }

@@ -6,8 +6,8 @@ mod packing;
 use std::sync::Arc;
 
 use fused_moe_core::{
-    Axis, Experts, ExpertsCaps, ExpertsModular, ExpertsProvider, KernelKind, Plan, Rank, Registry, Selection,
-    Support, Unsupported,
+    Activation, Axis, Experts, ExpertsCaps, ExpertsModular, ExpertsProvider, KernelKind, Plan, Rank,
+    Registry, Selection, Support, Unsupported,
 };
 
 use crate::case::{Case, RoutingPattern};
@@ -33,9 +33,19 @@ pub(crate) fn run(provider: &Arc<dyn ExpertsProvider>, case: &'static str, setti
         let small = Case::small(quant, ep_size, settings.seed);
         let target = Target { provider: &provider, kind: KernelKind::Modular, settings };
         let mut cases = Case::covering_ep(quant, ep_size, settings.seed);
-        cases.truncate(CASES_PER_TEST);
+        if !matches!(check, "stage1weight") {
+            cases.truncate(CASES_PER_TEST);
+        }
+        cases.insert(0, Case::plain(quant, ep_size, settings.seed.derive(7)));
         match check {
             "oracle" => over(&cases, |case| batches::oracle(&target, case)),
+            "gelu" | "gelutanh" | "swigluoai" | "clamped" | "bias" | "padding" | "gptoss"
+            | "stage1weight" => {
+                let special = cases.iter().filter_map(|case| specialised(check, case.clone()));
+                over(&special.take(SPECIAL_PER_TEST).collect::<Vec<_>>(), |case| {
+                    batches::oracle(&target, case)
+                })
+            }
             "foreignids" => {
                 let with = |routing, top_k| Case { routing, top_k, ..small.clone() };
                 let cases = [
@@ -57,6 +67,27 @@ pub(crate) fn run(provider: &Arc<dyn ExpertsProvider>, case: &'static str, setti
             _ => fail(format!("unknown check {check:?}")),
         }
     })
+}
+
+/// Cases that a test of one property runs.
+const SPECIAL_PER_TEST: usize = 4;
+
+/// The case with the property that `check` is about; `None` if it cannot have it.
+fn specialised(check: &str, mut case: Case) -> Option<Case> {
+    if check == "padding" {
+        return Some(case.padded());
+    }
+    match check {
+        "gelu" => case.activation = Activation::Gelu,
+        "gelutanh" => case.activation = Activation::GeluTanh,
+        "swigluoai" => case.activation = Activation::SWIGLU_OAI,
+        "clamped" => case.activation = Activation::SiluClamped { limit: 3.0 },
+        "bias" => case.expert_bias = true,
+        "gptoss" => (case.activation, case.expert_bias) = (Activation::SWIGLU_OAI, true),
+        _ if case.top_k == 1 => (case.apply_router_weight_on_input, case.expert_bias) = (true, true),
+        _ => return None,
+    }
+    Some(case)
 }
 
 /// What is under test.

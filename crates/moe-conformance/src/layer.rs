@@ -104,6 +104,8 @@ fn agrees(
         let layer = Layer {
             shape: case.shape(),
             quant: case.quant,
+            activation: case.activation,
+            padding: case.padding,
             router_weight: plan.router_weight(),
             input_scales,
             experts: &matrices,
@@ -162,7 +164,16 @@ impl Rank<'_> {
             let all = weights.matrices();
             let local: Vec<_> = config.placement.experts_of(rank).map(|id| all[id.0 as usize]).collect();
             let weights = provider.pack(&config, rank, &local);
-            packed.push(weights.or_else(|e| fail(format!("packing fails: {}", chain(&e))))?);
+            let weights = weights.or_else(|e| fail(format!("packing fails: {}", chain(&e))))?;
+            // A rank without experts dispatches by the scale of the layer, too.
+            let of_layer = all.iter().flat_map(|e| [e.gate.input_scale, e.up.input_scale]).flatten();
+            packed.push(match (weights.input_scale(), of_layer.reduce(f32::max)) {
+                (None, Some(scale)) if local.is_empty() => weights.with_input_scale(Some(scale)),
+                (mine, wanted) if mine != wanted => {
+                    return fail(format!("packed weights have the input scale {mine:?}, not {wanted:?}"));
+                }
+                _ => weights,
+            });
         }
         let mut outputs = Vec::new();
         for (round, which) in [0, 1, 0].into_iter().enumerate() {

@@ -6,9 +6,9 @@
 //! use moe_conformance::reference::{MonolithicExperts, ReferenceExperts};
 //!
 //! // A prepare/finalize provider (stages 2 and 4), experts (stage 3), and experts that route (stages 1 and 3).
-//! moe_conformance::conformance_comm!(my_comm, moe_conformance::reference::BatchedComm, floor = 18);
-//! moe_conformance::conformance_experts!(my_experts, ReferenceExperts, floor = 56);
-//! moe_conformance::conformance_monolithic!(my_monolithic, MonolithicExperts, floor = 40);
+//! moe_conformance::conformance_comm!(my_comm, moe_conformance::reference::BatchedComm, floor = 20);
+//! moe_conformance::conformance_experts!(my_experts, ReferenceExperts, floor = 111);
+//! moe_conformance::conformance_monolithic!(my_monolithic, MonolithicExperts, floor = 63);
 //! ```
 //!
 //! A case ends as [`Outcome::Pass`], [`Outcome::Refused`] with reasons, or [`Outcome::Fail`]; nothing is skipped.
@@ -27,7 +27,9 @@
 //! |---|---|
 //! | `oracle` | every wire format they take, garbage behind the rows, poisoned memory, the same bits again |
 //! | `foreignids` | ids of other ranks, -1, one expert, no rows |
-//! | `weightbytes`, `packing` | FP8 weights stay FP8, misfits are refused |
+//! | `gelu`, `gelutanh`, `swigluoai`, `clamped`, `bias`, `padding`, `gptoss` | `oracle` with another activation, biases, padding full of NaN |
+//! | `stage1weight` | `oracle` with the routing weight on the input, applied by the experts |
+//! | `weightbytes`, `packing` | FP8 weights stay FP8 and FP4 weights FP4, misfits are refused |
 //! | `layer` | behind reference comms against the oracle |
 //!
 //! Inputs are random and new in every run; a failure prints the seed. [`oracle::Layer`] and [`layer::run`] serve

@@ -121,9 +121,11 @@ macro_rules! __comm_cases {
             rows_blockfnuz_ep1 rows_blockfnuz_ep2 rows_blockfnuz_ep3 rows_blockfnuz_ep8
             rows_ptpcfnuz_ep1 rows_ptpcfnuz_ep2 rows_ptpcfnuz_ep3 rows_ptpcfnuz_ep8
             rows_tensorfnuz_ep1 rows_tensorfnuz_ep2 rows_tensorfnuz_ep3 rows_tensorfnuz_ep8
+            rows_static_ep1 rows_static_ep2 rows_static_ep3 rows_static_ep8
             deferred_block_ep1 deferred_block_ep2 deferred_block_ep3 deferred_block_ep8
             monolithic_none_ep1 monolithic_none_ep2 monolithic_none_ep3 monolithic_none_ep8
             monolithic_block_ep1 monolithic_block_ep2 monolithic_block_ep3 monolithic_block_ep8
+            monolithic_static_ep2
             faultdispatch_none_ep1 faultdispatch_none_ep2 faultdispatch_block_ep8
             faultexperts_none_ep1 faultexperts_none_ep2 faultexperts_block_ep8
             faultdropped_none_ep1 faultdropped_none_ep2 faultdropped_block_ep8
@@ -137,6 +139,7 @@ macro_rules! __comm_cases {
             layer_block_ep1 layer_block_ep2 layer_block_ep3 layer_block_ep8
             layer_ptpc_ep1 layer_ptpc_ep2 layer_ptpc_ep3 layer_ptpc_ep8
             layer_tensor_ep1 layer_tensor_ep2 layer_tensor_ep3 layer_tensor_ep8
+            layer_static_ep1 layer_static_ep2 layer_static_ep8
         }
     };
 }
@@ -160,6 +163,20 @@ macro_rules! __experts_cases {
             layer_block_ep1 layer_block_ep2 layer_block_ep3 layer_block_ep8
             layer_ptpc_ep1 layer_ptpc_ep2 layer_ptpc_ep3 layer_ptpc_ep8
             layer_tensor_ep1 layer_tensor_ep2 layer_tensor_ep3 layer_tensor_ep8
+            oracle_static_ep1 oracle_static_ep2 oracle_static_ep3 oracle_static_ep8
+            oracle_mxfp4_ep1 oracle_mxfp4_ep2 oracle_mxfp4_ep3 oracle_mxfp4_ep8
+            oracle_nvfp4_ep1 oracle_nvfp4_ep2 oracle_nvfp4_ep3 oracle_nvfp4_ep8
+            gelu_none_ep2 gelu_block_ep2 gelutanh_none_ep2 gelutanh_ptpc_ep2
+            swigluoai_none_ep2 swigluoai_block_ep2 clamped_none_ep2 clamped_tensor_ep2
+            bias_none_ep1 bias_block_ep2 bias_ptpc_ep2 bias_tensor_ep2 bias_static_ep2 bias_mxfp4_ep2 bias_nvfp4_ep2
+            padding_none_ep2 padding_block_ep2 padding_ptpc_ep2 padding_tensor_ep2 padding_static_ep2
+            padding_mxfp4_ep2 padding_nvfp4_ep2 gptoss_none_ep3 gptoss_mxfp4_ep2
+            stage1weight_none_ep2 stage1weight_block_ep2 stage1weight_ptpc_ep2 stage1weight_mxfp4_ep2
+            weightbytes_static_ep1 weightbytes_mxfp4_ep2 weightbytes_nvfp4_ep1
+            packing_static_ep2 packing_mxfp4_ep2 packing_nvfp4_ep2
+            layer_static_ep1 layer_static_ep3 layer_static_ep8
+            layer_mxfp4_ep1 layer_mxfp4_ep2 layer_mxfp4_ep8
+            layer_nvfp4_ep1 layer_nvfp4_ep3 layer_nvfp4_ep8
         }
     };
 }
@@ -179,6 +196,14 @@ macro_rules! __monolithic_cases {
             layer_block_ep1 layer_block_ep2 layer_block_ep3 layer_block_ep8
             layer_ptpc_ep1 layer_ptpc_ep2 layer_ptpc_ep3 layer_ptpc_ep8
             layer_tensor_ep1 layer_tensor_ep2 layer_tensor_ep3 layer_tensor_ep8
+            oracle_static_ep1 oracle_static_ep2 oracle_static_ep3 oracle_static_ep8
+            oracle_mxfp4_ep1 oracle_mxfp4_ep2
+            oracle_nvfp4_ep1 oracle_nvfp4_ep2 oracle_nvfp4_ep3 oracle_nvfp4_ep8
+            weightbytes_static_ep1 weightbytes_mxfp4_ep2 weightbytes_nvfp4_ep1
+            packing_static_ep2 packing_mxfp4_ep2 packing_nvfp4_ep2
+            layer_static_ep1 layer_static_ep3 layer_static_ep8
+            layer_mxfp4_ep2
+            layer_nvfp4_ep1 layer_nvfp4_ep3 layer_nvfp4_ep8
         }
     };
 }

@@ -42,10 +42,12 @@ pub fn calc_diff(got: &[f32], want: &[f64]) -> f64 {
 /// falls on the other side of a rounding boundary moves by one code, up to 1/8 of its value, and one that is the
 /// largest of its group moves the group's scale; that is rare but not smoothed out in small batches.
 pub fn tolerance(quant: QuantScheme) -> f64 {
-    match quant.fp8() {
-        None => 1e-2,
-        Some(_) => 1.5e-2,
-    }
+    if quantises(quant) { 1.5e-2 } else { 1e-2 }
+}
+
+/// Whether activations are quantised, so that one can be off by a code.
+fn quantises(quant: QuantScheme) -> bool {
+    quant.fp8().is_some() || quant == QuantScheme::Nvfp4
 }
 
 /// How much further than the whole a single row may be off: code flips average out over a batch, not over a row.
@@ -102,7 +104,7 @@ pub fn compare(got: &[f32], want: &[f64], hidden: usize, quant: QuantScheme) -> 
     });
     let worst = measured.max_by(|a, b| a.1.total_cmp(&b.1));
     let (row, row_error) = worst.unwrap_or((0, 0.0));
-    let flips = quant.fp8().is_some();
+    let flips = quantises(quant);
     let whole_fits = error <= allowed || (flips && without_furthest_row(got, want, hidden) <= allowed);
     if whole_fits && row_error <= ROW_FACTOR * allowed {
         return Ok(error);

@@ -14,7 +14,7 @@ use crate::experts_suite::{Poison, Target, layer, local_experts, packing, weight
 use crate::layer::{bits, routed};
 use crate::metrics::compare;
 use crate::named::Named;
-use crate::oracle::{ArrivedRows, RankExperts};
+use crate::oracle::{ArrivedRows, Codes, RankExperts};
 use crate::outcome::{Check, Outcome, Settings, chain, fail, supervised};
 
 pub(crate) const CASES: &[&str] = crate::__monolithic_cases! { __names };
@@ -34,6 +34,7 @@ pub(crate) fn run(provider: &Arc<dyn ExpertsProvider>, case: &'static str, setti
         // The routing weight can only be applied on the input where it is known before the experts.
         cases.iter_mut().for_each(|case| case.apply_router_weight_on_input = false);
         cases.truncate(CASES_PER_TEST);
+        cases.insert(0, Case::plain(quant, ep_size, settings.seed.derive(7)));
         match check {
             "oracle" => over(&cases, |case| oracle(&target, case)),
             "weightbytes" => over(&[small], |case| weight_bytes(&target, case)),
@@ -51,7 +52,7 @@ fn oracle(target: &Target<'_>, case: &Case) -> Check {
     let mut ranks = vec![0, case.ep_size() - 1];
     ranks.dedup();
     for &wire in &caps.accepts {
-        if !writable(wire, case.quant.fp8()) {
+        if !writable(wire, case.quant) {
             return fail(format!("accepts {wire}, which no row of {} can be", case.quant));
         }
         for &rank in &ranks {
@@ -92,7 +93,9 @@ fn one_batch(
     let again = apply(&packed, Poison::Plausible)?;
     let experts = RankExperts {
         shape: case.shape(),
-        quant: case.quant,
+        codes: Codes::of_gemm2(case.quant, &all),
+        activation: case.activation,
+        padding: case.padding,
         router_weight: fused_moe_core::RouterWeight::OnOutput,
         experts: &all,
         placement: &case.placement,
@@ -100,7 +103,7 @@ fn one_batch(
     };
     let slots = count * case.top_k;
     let mut verdict = fail("no candidate");
-    for values in rows.values(case, rank) {
+    for values in rows.values(case, rank, Codes::of_gemm1(case.quant, &all)) {
         let mut want = vec![0.0; count * case.hidden];
         let arrived =
             ArrivedRows { values: &values, ids: &rows.ids[..slots], weights: &rows.weights[..slots] };

@@ -1,20 +1,26 @@
 //! The layer in f64, quantised at exactly the two points where the layer quantises.
 //!
 //! Activations are quantised before gemm1 and, after the activation's output was rounded to bf16, before gemm2,
-//! by an FP8 quantiser of this module that shares no code with crate `quant`. Everything else is f64 and the
+//! by quantisers of this module that shares no code with crate `quant`. Everything else is f64 and the
 //! result is not rounded.
 
+mod activation;
 mod codec;
+mod codes;
 mod experts;
+pub(crate) mod fp4;
 mod matrix;
 
 use fused_moe_core::{
-    DType, ExpertMatrices, ExpertPlacement, Granularity, Plan, QuantScheme, Rank, RouterWeight, ViewError,
+    Activation, DType, ExpertMatrices, ExpertPlacement, Padding, Plan, QuantScheme, Rank, RouterWeight,
+    ViewError,
 };
 use half::bf16;
 
-pub use codec::{Codec, QuantizedRows, dequantize_rows, quantize_rows};
-pub(crate) use experts::{ArrivedRows, RankExperts, dequantized};
+pub use activation::activate;
+pub use codec::{Codec, QuantizedRows, dequantize_rows, quantize_rows, quantize_rows_scaled};
+pub(crate) use codes::Codes;
+pub(crate) use experts::{ArrivedRows, RankExperts};
 
 /// Why the oracle has no answer.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -90,8 +96,8 @@ impl InputScales {
     /// What may share a scale under `plan`. Where experts quantise per tensor, that depends on whether their comm
     /// sends every token to every rank, which a plan does not say: two answers are right then.
     pub fn of_plan(quant: QuantScheme, plan: &Plan) -> &'static [Self] {
-        let per_tensor = quant.activation_granularity() == Some(Granularity::Tensor);
-        match per_tensor && plan.wire().scale.is_none() {
+        let couples_rows = Codes { quant, input_scale: None }.couples_rows();
+        match couples_rows && plan.wire().scale.is_none() {
             true => &[InputScales::OfNeededRows, InputScales::OfAllRows],
             false => &[InputScales::OfSource],
         }
@@ -114,6 +120,8 @@ impl InputScales {
 /// let output = Layer {
 ///     shape: Shape { hidden: 1, intermediate: 1, top_k: 1 },
 ///     quant: QuantScheme::Unquantized,
+///     activation: Activation::Silu,
+///     padding: Padding::default(),
 ///     router_weight: RouterWeight::OnOutput,
 ///     input_scales: InputScales::OfSource,
 ///     experts: &[expert],
@@ -131,11 +139,16 @@ pub struct Layer<'a> {
     pub shape: Shape,
     /// How activations are quantised. The weights are what [`Layer::experts`] holds.
     pub quant: QuantScheme,
+    /// Between the two GEMMs.
+    pub activation: Activation,
+    /// Trailing columns that are not read and come out as zeros.
+    pub padding: Padding,
     /// Where the routing weight is applied.
     pub router_weight: RouterWeight,
     /// Who shares a dynamic per-tensor scale.
     pub input_scales: InputScales,
-    /// All experts by global id: bf16, f16 or f32 values, or FP8 codes with scales.
+    /// All experts by global id: bf16, f16 or f32 values, or FP8 or FP4 codes with scales; with biases and input
+    /// scales where the layer has them.
     pub experts: &'a [ExpertMatrices<'a>],
     /// Which rank holds which expert. Per-tensor scales before gemm2 are per rank.
     pub placement: &'a ExpertPlacement,
@@ -155,26 +168,25 @@ impl Layer<'_> {
         let all_rows = rows.concat();
         let ids: Vec<i32> = self.ranks.iter().flat_map(|t| t.ids).copied().collect();
         let weights: Vec<f32> = self.ranks.iter().flat_map(|t| t.weights).copied().collect();
-        let granularity = self.quant.activation_granularity();
-        let by_source: Vec<f64> =
-            rows.iter().flat_map(|rows| dequantized(self.quant, granularity, rows, hidden)).collect();
+        let before_gemm1 = Codes::of_gemm1(self.quant, self.experts);
+        let by_source: Vec<f64> = rows.iter().flat_map(|rows| before_gemm1.through(rows, hidden)).collect();
 
         let mut out = vec![0.0; all_rows.len()];
         for rank in (0..self.placement.ep_size() as u32).map(Rank) {
             let experts = RankExperts {
                 shape: self.shape,
-                quant: self.quant,
+                codes: Codes::of_gemm2(self.quant, self.experts),
+                activation: self.activation,
+                padding: self.padding,
                 router_weight: self.router_weight,
                 experts: self.experts,
                 placement: self.placement,
                 rank,
             };
-            let deferred = match (granularity, self.input_scales) {
-                (Some(Granularity::Tensor), InputScales::OfAllRows) => {
-                    Some(dequantized(self.quant, granularity, &all_rows, hidden))
-                }
-                (Some(Granularity::Tensor), InputScales::OfNeededRows) => {
-                    Some(self.needed(rank, &all_rows, &ids))
+            let deferred = match (before_gemm1.couples_rows(), self.input_scales) {
+                (true, InputScales::OfAllRows) => Some(before_gemm1.through(&all_rows, hidden)),
+                (true, InputScales::OfNeededRows) => {
+                    Some(before_gemm1.through(&self.needed(rank, &all_rows, &ids), hidden))
                 }
                 _ => None,
             };
@@ -198,8 +210,8 @@ impl Layer<'_> {
         weighted_rows(tokens.hidden, tokens.weights, self.shape.hidden)
     }
 
-    /// All rows, those that name an expert of `rank` quantised with a scale of their own, the others zero.
-    fn needed(&self, rank: Rank, rows: &[bf16], ids: &[i32]) -> Vec<f64> {
+    /// All rows, those that name no expert of `rank` zero.
+    fn needed(&self, rank: Rank, rows: &[bf16], ids: &[i32]) -> Vec<bf16> {
         let Shape { hidden, top_k, .. } = self.shape;
         let mut masked = rows.to_vec();
         for (row, ids) in masked.chunks_exact_mut(hidden).zip(ids.chunks_exact(top_k)) {
@@ -207,7 +219,7 @@ impl Layer<'_> {
                 row.fill(bf16::ZERO);
             }
         }
-        dequantized(self.quant, Some(Granularity::Tensor), &masked, hidden)
+        masked
     }
 
     fn check(&self) -> Result<(), OracleError> {

@@ -4,7 +4,7 @@ use fused_moe_core::{Fp8Format, Granularity, KernelKind, RouterWeight, WireForma
 use half::bf16;
 
 use crate::case::{Case, RankInput};
-use crate::oracle::{QuantizedRows, dequantize_rows, quantize_rows, weighted_rows};
+use crate::oracle::{QuantizedRows, dequantize_rows, quantize_rows_scaled, weighted_rows};
 
 /// One row with everything that travels with it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
@@ -56,6 +56,8 @@ pub(crate) struct Encoding {
     pub(crate) wire: WireFormat,
     /// The format of the codes, with its largest magnitude.
     pub(crate) format: Option<Fp8Format>,
+    /// The static scale of the layer, if the scheme has one.
+    pub(crate) static_scale: Option<f32>,
     pub(crate) router_weight: RouterWeight,
     /// Whether ids and weights travel with a row, or logits.
     pub(crate) kind: KernelKind,
@@ -101,7 +103,8 @@ impl Encoding {
     pub(crate) fn encode(&self, rows: &[bf16], hidden: usize) -> (Vec<u8>, Vec<u8>) {
         match self.quantized() {
             Some((format, granularity)) => {
-                let QuantizedRows { codes, scales } = quantize_rows(format, granularity, rows, hidden);
+                let QuantizedRows { codes, scales } =
+                    quantize_rows_scaled(format, granularity, (rows, hidden), self.static_scale);
                 (codes, scales.iter().flat_map(|s| s.to_ne_bytes()).collect())
             }
             None => (rows.iter().flat_map(|x| x.to_ne_bytes()).collect(), Vec::new()),
@@ -112,7 +115,7 @@ impl Encoding {
     pub(crate) fn decoded(&self, rows: &[bf16], hidden: usize) -> Vec<f64> {
         match self.quantized() {
             Some((format, granularity)) => {
-                let quantized = quantize_rows(format, granularity, rows, hidden);
+                let quantized = quantize_rows_scaled(format, granularity, (rows, hidden), self.static_scale);
                 dequantize_rows(format, granularity, &quantized, hidden)
             }
             None => rows.iter().map(|x| x.to_f64()).collect(),

@@ -41,6 +41,8 @@ impl RankInput {
                 bf16::from_f32(factor * token_scale * normal(rng))
             });
             input.hidden.extend(row);
+            let padding = input.hidden.len() - case.padding.hidden..;
+            input.hidden[padding].fill(bf16::ZERO);
             input.ids.extend(case.routing.ids(case, placement, rank, &same_for_all, rng));
             let weights: Vec<f32> = (0..case.top_k).map(|_| rng.random_range(0.05f32..1.0)).collect();
             let sum: f32 = weights.iter().sum();

@@ -39,13 +39,15 @@ pub(super) struct Lent<'a> {
     pub(super) top_k: usize,
     /// Elements of a row of logits.
     pub(super) num_experts: usize,
+    /// The static scale of the layer, if the scheme has one.
+    pub(super) input_scale: Option<f32>,
     pub(super) fault: Option<Fault>,
 }
 
 impl<'a> Lent<'a> {
     pub(super) fn new(case: &Case, input: &'a RankInput) -> Self {
         let Case { hidden, top_k, num_experts, .. } = *case;
-        Self { input, hidden, top_k, num_experts, fault: None }
+        Self { input, hidden, top_k, num_experts, input_scale: case.static_scale(), fault: None }
     }
 
     fn states(&self) -> TensorView<'a> {
@@ -95,11 +97,14 @@ impl Handle {
         with_cx(|cx| match &mut self.comm {
             PrepareFinalize::Modular(comm) => {
                 let (hidden, topk, fault) = (lent.states(), lent.topk(), lent.fault);
-                comm.prepare_send(cx, PrepareInput { hidden, topk, input_scale: None, fault })
+                comm.prepare_send(cx, PrepareInput { hidden, topk, input_scale: lent.input_scale, fault })
             }
             PrepareFinalize::Monolithic(comm) => {
                 let (hidden, logits, fault) = (lent.states(), lent.logits(), lent.fault);
-                comm.prepare_send(cx, MonolithicInput { hidden, logits, input_scale: None, fault })
+                comm.prepare_send(
+                    cx,
+                    MonolithicInput { hidden, logits, input_scale: lent.input_scale, fault },
+                )
             }
         })
     }

@@ -10,7 +10,7 @@ use super::{Target, local_experts};
 use crate::batch::{Batch, Receiver, plan_for, writable};
 use crate::case::{Case, LayerWeights, RankInput};
 use crate::metrics::compare;
-use crate::oracle::{ArrivedRows, RankExperts};
+use crate::oracle::{ArrivedRows, Codes, RankExperts};
 use crate::outcome::{Check, Outcome, chain, fail};
 
 /// What memory holds before a call.
@@ -58,7 +58,7 @@ pub(super) fn oracle(target: &Target<'_>, case: &Case) -> Check {
     ranks.dedup();
     let mut refused = None;
     for &wire in &caps.accepts {
-        if !writable(wire, case.quant.fp8()) {
+        if !writable(wire, case.quant) {
             return fail(format!("accepts {wire}, which no row of {} can be", case.quant));
         }
         for &rank in &ranks {
@@ -138,7 +138,7 @@ impl OneBatch<'_> {
         let got = self.reduced(&plan, &rows, &first);
         let same = self.reduced(&plan, &rows, &again);
         let mut verdict = fail("no candidate");
-        for values in rows.values(case, self.rank) {
+        for values in rows.values(case, self.rank, Codes::of_gemm1(case.quant, &all)) {
             let count = rows.num_rows();
             let mut want = vec![0.0; count * case.hidden];
             let slots = count * case.top_k;
@@ -163,7 +163,9 @@ impl OneBatch<'_> {
     fn oracle<'o>(&'o self, plan: &Plan, all: &'o [fused_moe_core::ExpertMatrices<'o>]) -> RankExperts<'o> {
         RankExperts {
             shape: self.case.shape(),
-            quant: self.case.quant,
+            codes: Codes::of_gemm2(self.case.quant, all),
+            activation: self.case.activation,
+            padding: self.case.padding,
             router_weight: plan.router_weight(),
             experts: all,
             placement: &self.case.placement,

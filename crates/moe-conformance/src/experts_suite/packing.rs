@@ -1,7 +1,8 @@
 //! What packing takes, what it refuses, and how large the packed weights are.
 
 use fused_moe_core::{
-    ErrorKind, ExpertMatrices, ExpertWeights, Fp8Format, QuantScheme, Rank, Result, WeightScale,
+    DType, ErrorKind, ExpertMatrices, ExpertWeights, Fp8Format, MoeConfig, QuantScheme, Rank, Result,
+    Support, TensorView, WeightScale,
 };
 
 use super::Target;
@@ -30,7 +31,8 @@ pub(crate) fn weight_bytes(target: &Target<'_>, case: &Case) -> Check {
     let packed = target.provider.pack(&case.config(), Rank(0), &local);
     let bytes = packed.or_else(|e| fail(format!("packing fails: {}", chain(&e))))?.bytes();
     let stored = weights.bytes_per_expert() * local.len();
-    let codes = local.len() * 3 * case.hidden * case.intermediate;
+    let per_byte = if matches!(case.quant, QuantScheme::Mxfp4 | QuantScheme::Nvfp4) { 2 } else { 1 };
+    let codes = local.len() * 3 * case.hidden * case.intermediate / per_byte;
     let ratio = bytes as f64 / stored as f64;
     if bytes < codes || ratio > MOST_BYTES {
         return fail(format!(
@@ -45,6 +47,7 @@ pub(crate) fn weight_bytes(target: &Target<'_>, case: &Case) -> Check {
 pub(crate) fn packing(target: &Target<'_>, case: &Case) -> Check {
     target.accepts(case)?;
     let config = case.config();
+    let bias = vec![half::bf16::ZERO; case.hidden];
     let weights = case.weights();
     let all = weights.matrices();
     let local = local_experts(case, &all, Rank(0));
@@ -75,6 +78,35 @@ pub(crate) fn packing(target: &Target<'_>, case: &Case) -> Check {
     };
     let others = Case { quant: other, ..case.clone() }.weights();
     refused("matrices of another scheme", pack(&local_experts(case, &others.matrices(), Rank(0))))?;
+    let bias = TensorView::from_slice(&bias, DType::Bf16, &[case.hidden]).or_else(fail)?;
+    let with_bias = local.iter().map(|expert| {
+        let mut expert = *expert;
+        expert.down.bias = Some(bias);
+        expert
+    });
+    refused("biases that the configuration does not have", pack(&with_bias.collect::<Vec<_>>()))?;
+    let biased = MoeConfig { expert_bias: true, ..config.clone() };
+    if let Support::Supported(_) = target.provider.supports(&biased) {
+        let unbiased = target.provider.pack(&biased, Rank(0), &local);
+        refused("experts without the biases of the configuration", unbiased)?;
+    }
+    if local.iter().any(|expert| expert.gate.input_scale.is_some()) {
+        let bare = |scale: Option<f32>| {
+            let bare = local.iter().map(|expert| {
+                let mut expert = *expert;
+                for matrix in [&mut expert.gate, &mut expert.up, &mut expert.down] {
+                    matrix.input_scale = scale;
+                }
+                expert
+            });
+            pack(&bare.collect::<Vec<_>>())
+        };
+        refused("experts without input scales", bare(None))?;
+        refused("an input scale of zero", bare(Some(0.0)))?;
+        if packed.input_scale().is_none() {
+            return fail("the packed weights do not say their input scale");
+        }
+    }
     if case.quant.fp8().is_some() {
         let unscaled = local.iter().map(|expert| {
             let mut expert = *expert;

@@ -103,9 +103,19 @@ pub fn quantize_rows(
     rows: &[bf16],
     hidden: usize,
 ) -> QuantizedRows {
+    quantize_rows_scaled(format, granularity, (rows, hidden), None)
+}
+
+/// As [`quantize_rows`], by the static scale if there is one.
+pub fn quantize_rows_scaled(
+    format: Fp8Format,
+    granularity: Granularity,
+    (rows, hidden): (&[bf16], usize),
+    static_scale: Option<f32>,
+) -> QuantizedRows {
     let codec = Codec::new(format);
     let amax = |xs: &[bf16]| xs.iter().fold(0f32, |m, x| m.max(x.to_f32().abs()));
-    let tensor = codec.scale(amax(rows));
+    let tensor = static_scale.unwrap_or_else(|| codec.scale(amax(rows)));
     let mut quantized = QuantizedRows::default();
     for row in rows.chunks_exact(hidden) {
         let group = match granularity {

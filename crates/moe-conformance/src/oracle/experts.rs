@@ -3,12 +3,13 @@
 use std::sync::Mutex;
 
 use fused_moe_core::{
-    ExpertMatrices, ExpertPlacement, GlobalExpertId, Granularity, QuantScheme, Rank, RouterWeight,
+    Activation, ExpertMatrices, ExpertPlacement, GlobalExpertId, Padding, Rank, RouterWeight,
 };
 use half::bf16;
 
-use super::codec::{dequantize_rows, quantize_rows};
-use super::matrix::Matrix;
+use super::activation::activate;
+use super::codes::Codes;
+use super::matrix::{Matrix, bias};
 use super::{OracleError, Shape};
 
 /// Multiply-adds below which threads cost more than they save.
@@ -18,7 +19,10 @@ const WORTH_A_THREAD: usize = 20_000_000;
 #[derive(Clone, Copy)]
 pub(crate) struct RankExperts<'a> {
     pub(crate) shape: Shape,
-    pub(crate) quant: QuantScheme,
+    /// What gemm2 reads is quantised by.
+    pub(crate) codes: Codes,
+    pub(crate) activation: Activation,
+    pub(crate) padding: Padding,
     pub(crate) router_weight: RouterWeight,
     /// All experts of the layer, by global id.
     pub(crate) experts: &'a [ExpertMatrices<'a>],
@@ -94,22 +98,25 @@ impl RankExperts<'_> {
         Ok(())
     }
 
-    /// `silu(x · gateᵀ) · (x · upᵀ)`, rounded to bf16: `[pairs, intermediate]`.
+    /// `act(x · gateᵀ + bias, x · upᵀ + bias)`, rounded to bf16: `[pairs, intermediate]`.
     fn gemm1(&self, group: &Group<'_>, values: &[f64], out: &mut [bf16]) -> Result<(), OracleError> {
         let Shape { hidden, intermediate, .. } = self.shape;
         let dims = [intermediate, hidden];
-        let gate = Matrix::new("gate", group.expert.gate, dims)?;
-        let up = Matrix::new("up", group.expert.up, dims)?;
+        let gate = Matrix::new("gate", group.expert.gate, dims, self.padding.hidden)?;
+        let up = Matrix::new("up", group.expert.up, dims, self.padding.hidden)?;
+        let gate_bias = bias("gate bias", group.expert.gate, intermediate)?;
+        let up_bias = bias("up bias", group.expert.up, intermediate)?;
         let (mut gate_row, mut up_row) = (vec![0.0; hidden], vec![0.0; hidden]);
-        for column in 0..intermediate {
+        for column in 0..intermediate - self.padding.intermediate {
             gate.row(column, &mut gate_row)?;
             up.row(column, &mut up_row)?;
             for (pair, out) in group.pairs.iter().zip(out.chunks_exact_mut(intermediate)) {
                 let x = &values[pair.row * hidden..][..hidden];
                 let early =
                     if self.router_weight == RouterWeight::OnInputByExperts { pair.weight } else { 1.0 };
-                let (g, u) = (early * dot(x, &gate_row), early * dot(x, &up_row));
-                out[column] = bf16::from_f64(g / (1.0 + (-g).exp()) * u);
+                let g = early * dot(x, &gate_row) + gate_bias[column];
+                let u = early * dot(x, &up_row) + up_bias[column];
+                out[column] = bf16::from_f64(activate(self.activation, g, u));
             }
         }
         Ok(())
@@ -117,35 +124,21 @@ impl RankExperts<'_> {
 
     /// What gemm2 reads: the activations of all pairs of this rank after the second quantisation.
     fn requantized(&self, activated: &[bf16]) -> Vec<f64> {
-        dequantized(self.quant, self.quant.activation_granularity(), activated, self.shape.intermediate)
+        self.codes.through(activated, self.shape.intermediate)
     }
 
     fn gemm2(&self, group: &Group<'_>, inputs: &[f64], out: &mut [f64]) -> Result<(), OracleError> {
         let Shape { hidden, intermediate, .. } = self.shape;
-        let down = Matrix::new("down", group.expert.down, [hidden, intermediate])?;
+        let down = Matrix::new("down", group.expert.down, [hidden, intermediate], self.padding.intermediate)?;
+        let down_bias = bias("down bias", group.expert.down, hidden)?;
         let mut down_row = vec![0.0; intermediate];
-        for column in 0..hidden {
+        for column in 0..hidden - self.padding.hidden {
             down.row(column, &mut down_row)?;
             for (x, out) in inputs.chunks_exact(intermediate).zip(out.chunks_exact_mut(hidden)) {
-                out[column] = dot(x, &down_row);
+                out[column] = dot(x, &down_row) + down_bias[column];
             }
         }
         Ok(())
-    }
-}
-
-/// Rows after a trip through the codes of `quant`; unchanged without quantisation.
-pub(crate) fn dequantized(
-    quant: QuantScheme,
-    granularity: Option<Granularity>,
-    rows: &[bf16],
-    width: usize,
-) -> Vec<f64> {
-    match (quant.fp8(), granularity) {
-        (Some(format), Some(granularity)) => {
-            dequantize_rows(format, granularity, &quantize_rows(format, granularity, rows, width), width)
-        }
-        _ => rows.iter().map(|x| x.to_f64()).collect(),
     }
 }
 

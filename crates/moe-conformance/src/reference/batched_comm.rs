@@ -98,12 +98,12 @@ struct BatchedHandle {
 
 impl BatchedHandle {
     /// Writes every (token, expert) row to its place.
-    fn scatter(&mut self, hidden: TensorView<'_>, routing: &Routing) -> Result<(), Source> {
+    fn scatter(&mut self, activations: Activations<'_>, routing: &Routing) -> Result<(), Source> {
         self.bf16_rows.fill(bf16::NAN);
         self.codes.fill(0xff);
         self.scales.fill(f32::NAN);
         self.counts.fill(0);
-        let rows = self.quantizer.prepare(Activations::of(hidden))?;
+        let rows = self.quantizer.prepare(activations)?;
         let (payload_bytes, scale_bytes) = rows.bytes_per_row();
         let (mut payload, mut scales) = (vec![0; payload_bytes], vec![0; scale_bytes]);
         let (width, per_row) = (self.config.hidden, scale_bytes / 4);
@@ -209,7 +209,8 @@ impl PrepareAndFinalizeModular for BatchedHandle {
         let (sent, fault) = self.ledger.open(&self.config, &input)?;
         self.fault = fault;
         if fault.is_none()
-            && let Err(why) = self.scatter(input.hidden, sent.routing())
+            && let Err(why) =
+                self.scatter(Activations::of(input.hidden).scaled(input.input_scale), sent.routing())
         {
             self.ledger.explain(why);
             self.fault = Some(Fault::BadTensor);

@@ -83,7 +83,7 @@ impl BatchedKernel {
             .flat_map(|(expert, &count)| (0..count.max(0) as usize).map(move |i| expert * self.max_rows + i))
             .collect();
         let mut arena = cx.workspace.reborrow();
-        let x = self.compute.arrived(input, &valid, &mut arena)?;
+        let x = self.compute.arrived((input, packed.input_scales[0]), &valid, &mut arena)?;
         let pairs: Vec<Pair> = valid
             .iter()
             .enumerate()

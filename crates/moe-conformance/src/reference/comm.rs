@@ -135,13 +135,13 @@ impl ReferenceHandle {
     /// Writes this rank's message of the dispatch: `tail` appends what follows the rows and their scales.
     fn write_dispatch(
         &mut self,
-        hidden: TensorView<'_>,
+        activations: Activations<'_>,
         (fault, routing): (Option<Fault>, &Routing),
         tail: impl FnOnce(&mut Vec<u8>) -> Result<(), Source>,
     ) {
         let written = match fault {
             Some(_) => Ok(()),
-            None => self.write_rows(hidden, routing).and_then(|()| tail(&mut self.outgoing)),
+            None => self.write_rows(activations, routing).and_then(|()| tail(&mut self.outgoing)),
         };
         let fault = fault.or(written.err().map(|why| {
             self.ledger.explain(why);
@@ -152,9 +152,9 @@ impl ReferenceHandle {
         }
     }
 
-    fn write_rows(&mut self, hidden: TensorView<'_>, routing: &Routing) -> Result<(), Source> {
+    fn write_rows(&mut self, activations: Activations<'_>, routing: &Routing) -> Result<(), Source> {
         let quantizer = self.quantizer.ok_or("no quantiser for the wire format of the plan")?;
-        let mut activations = Activations::of(hidden);
+        let mut activations = activations;
         if self.router_weight == RouterWeight::OnInputByPrepare {
             activations = activations.weighted(routing.weights());
         }
@@ -327,7 +327,8 @@ impl PrepareAndFinalizeModular for ReferenceHandle {
         PrepareAndFinalizeModular::settle(self, cx)?;
         let (sent, fault) = self.ledger.open(&self.config, &input)?;
         let ones = self.router_weight == RouterWeight::OnInputByPrepare;
-        self.write_dispatch(input.hidden, (fault, sent.routing()), |message| {
+        let activations = Activations::of(input.hidden).scaled(input.input_scale);
+        self.write_dispatch(activations, (fault, sent.routing()), |message| {
             append(message, input.topk.ids)?;
             match ones {
                 true => (0..sent.routing().num_tokens()).for_each(|_| message.extend(1f32.to_le_bytes())),
@@ -356,7 +357,8 @@ impl PrepareAndFinalizeMonolithic for ReferenceHandle {
     ) -> Result<Sent<'a, phase::Prepare>> {
         PrepareAndFinalizeMonolithic::settle(self, cx)?;
         let (sent, fault) = self.ledger.open_monolithic(&self.config, &input)?;
-        self.write_dispatch(input.hidden, (fault, sent.routing()), |message| append(message, input.logits));
+        let activations = Activations::of(input.hidden).scaled(input.input_scale);
+        self.write_dispatch(activations, (fault, sent.routing()), |message| append(message, input.logits));
         Ok(sent)
     }
 

@@ -1,13 +1,14 @@
 //! gemm1, activation, requantisation and gemm2 as plain loops over (row, expert) pairs.
 
 use fused_moe_core::{
-    Arena, DType, Dispatched, Fp8Format, Granularity, MoeConfig, QuantScheme, Source, TensorView,
+    Activation, Arena, DType, Dispatched, Fp8Format, Granularity, MoeConfig, QuantScheme, Source, TensorView,
     TensorViewMut, ViewError,
 };
 use half::bf16;
 use quant::{Activations, Quantizer, decode_table};
 
 use super::weights::PackedExperts;
+use crate::oracle::{activate, fp4};
 
 /// One row that one local expert works on.
 #[derive(Clone, Copy, Debug)]
@@ -26,6 +27,7 @@ pub(super) struct Compute {
     pub(super) hidden: usize,
     pub(super) intermediate: usize,
     pub(super) quant: QuantScheme,
+    pub(super) activation: Activation,
     /// Most rows of the input.
     pub(super) max_rows: usize,
     /// Most pairs.
@@ -34,8 +36,8 @@ pub(super) struct Compute {
 
 impl Compute {
     pub(super) fn new(config: &MoeConfig, max_rows: usize, max_pairs: usize) -> Self {
-        let MoeConfig { hidden, intermediate, quant, .. } = *config;
-        Self { hidden, intermediate, quant, max_rows, max_pairs }
+        let MoeConfig { hidden, intermediate, quant, activation, .. } = *config;
+        Self { hidden, intermediate, quant, activation, max_rows, max_pairs }
     }
 
     /// Bytes of workspace for the largest batch.
@@ -52,7 +54,7 @@ impl Compute {
     /// positions in `[rows, hidden]`.
     pub(super) fn arrived<'w>(
         &self,
-        input: &Dispatched<'_>,
+        (input, input_scale): (&Dispatched<'_>, Option<f32>),
         valid: &[usize],
         arena: &mut Arena<'w>,
     ) -> Result<&'w [f32], Source> {
@@ -60,13 +62,13 @@ impl Compute {
             Some(view) => Some(view.as_slice::<f32>()?),
             None => None,
         };
-        self.rows((input.hidden, scales), valid, arena)
+        self.rows((input.hidden, scales, input_scale), valid, arena)
     }
 
     /// As [`Compute::arrived`] on the payload and scales themselves.
     pub(super) fn rows<'w>(
         &self,
-        (payload, scales): (TensorView<'_>, Option<&[f32]>),
+        (payload, scales, input_scale): (TensorView<'_>, Option<&[f32]>, Option<f32>),
         valid: &[usize],
         arena: &mut Arena<'w>,
     ) -> Result<&'w [f32], Source> {
@@ -89,7 +91,7 @@ impl Compute {
                 for (kept, &row) in kept.chunks_exact_mut(hidden).zip(valid) {
                     kept.copy_from_slice(&rows[row * hidden..][..hidden]);
                 }
-                self.through_codes(&kept[..valid.len() * hidden], hidden, values)?;
+                self.through_codes((&kept[..valid.len() * hidden], input_scale), hidden, values)?;
             }
         }
         Ok(values)
@@ -121,11 +123,13 @@ impl Compute {
                 for (index, pair) in of_expert(expert) {
                     let x = &x[pair.row * hidden..][..hidden];
                     let (g, u) = (pair.early * dot(x, &gate_row), pair.early * dot(x, &up_row));
-                    activated[index * intermediate + column] = bf16::from_f32(g / (1.0 + (-g).exp()) * u);
+                    let (g, u) = (f64::from(g + gate.bias(column)), f64::from(u + up.bias(column)));
+                    activated[index * intermediate + column] =
+                        bf16::from_f64(activate(self.activation, g, u));
                 }
             }
         }
-        self.through_codes(activated, intermediate, inputs)?;
+        self.through_codes((activated, packed.input_scales[1]), intermediate, inputs)?;
         for (expert, [_, _, down]) in packed.experts.iter().enumerate() {
             if of_expert(expert).next().is_none() {
                 continue;
@@ -134,7 +138,7 @@ impl Compute {
                 down.row(column, &mut down_row);
                 for (index, _) in of_expert(expert) {
                     let x = &inputs[index * intermediate..][..intermediate];
-                    outputs[index * hidden + column] = dot(x, &down_row);
+                    outputs[index * hidden + column] = dot(x, &down_row) + down.bias(column);
                 }
             }
         }
@@ -164,7 +168,18 @@ impl Compute {
     }
 
     /// Rows as the next GEMM sees them: quantised and back.
-    fn through_codes(&self, rows: &[bf16], width: usize, out: &mut [f32]) -> Result<(), Source> {
+    fn through_codes(
+        &self,
+        (rows, input_scale): (&[bf16], Option<f32>),
+        width: usize,
+        out: &mut [f32],
+    ) -> Result<(), Source> {
+        if self.quant == QuantScheme::Nvfp4 {
+            let global = input_scale.ok_or("the weights have no input scale")?;
+            let values = fp4::nv_rows(rows, width, global);
+            out.iter_mut().zip(values).for_each(|(out, x)| *out = x as f32);
+            return Ok(());
+        }
         let (Some(format), Some(granularity)) = (self.quant.fp8(), self.quant.activation_granularity())
         else {
             out.iter_mut().zip(rows).for_each(|(out, x)| *out = x.to_f32());
@@ -174,7 +189,11 @@ impl Compute {
         let view = TensorView::from_slice(rows, DType::Bf16, &[count, width])?;
         let (mut codes, mut scales) =
             (vec![0; rows.len()], vec![0.0; count * granularity.scales_per_token(width)]);
-        Quantizer::for_scheme(self.quant).quantize_rows(Activations::of(view), &mut codes, &mut scales)?;
+        Quantizer::for_scheme(self.quant).quantize_rows(
+            Activations::of(view).scaled(input_scale),
+            &mut codes,
+            &mut scales,
+        )?;
         let rows = codes.chunks_exact(width).zip(scales.chunks_exact(granularity.scales_per_token(width)));
         for (row, out) in rows.zip(out.chunks_exact_mut(width)) {
             dequantize(format, granularity, row, out);

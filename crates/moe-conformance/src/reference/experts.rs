@@ -1,9 +1,9 @@
 //! Modular experts on the standard format.
 
 use fused_moe_core::{
-    Activation, ActivationFormat, Arrived, Axis, DType, DeviceKind, Dispatched, Error, ExecCx, ExpertMap,
-    ExpertMatrices, ExpertWeights, Experts, ExpertsCaps, ExpertsModular, ExpertsProvider, MoeConfig, Padding,
-    Plan, QuantScheme, Rank, Result, RouterWeight, Stage, Support, TensorViewMut, Unsupported, WireFormat,
+    ActivationFormat, Arrived, Axis, DType, DeviceKind, Dispatched, Error, ExecCx, ExpertMap, ExpertMatrices,
+    ExpertWeights, Experts, ExpertsCaps, ExpertsModular, ExpertsProvider, MoeConfig, Plan, Rank, Result,
+    RouterWeight, Stage, Support, TensorViewMut, Unsupported, WireFormat,
 };
 
 use super::compute::{Compute, Pair};
@@ -14,7 +14,8 @@ const NAME: &str = "reference_experts";
 /// Which local expert an id of the batch means to a kernel.
 pub(crate) type LocalTable = Vec<Option<usize>>;
 
-/// Makes modular host experts, named `reference_experts`: standard format, every scheme, quantised or bf16 rows,
+/// Makes modular host experts, named `reference_experts`: standard format, every scheme and activation,
+/// biases and padding, quantised or bf16 rows,
 /// weighted and reduced output.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ReferenceExperts;
@@ -27,16 +28,6 @@ pub(super) fn refusals(config: &MoeConfig) -> Vec<Unsupported> {
     }
     if config.device != DeviceKind::Host {
         why.push(Unsupported::new(Axis::Device, format!("{:?}", config.device), "Host"));
-    }
-    if config.activation != Activation::Silu || config.expert_bias || config.padding != Padding::default() {
-        why.push(Unsupported::new(
-            Axis::Activation,
-            "silu without biases and padding",
-            config.activation.name(),
-        ));
-    }
-    if matches!(config.quant, QuantScheme::Mxfp4 | QuantScheme::Nvfp4 | QuantScheme::Fp8PerTensorStatic(_)) {
-        why.push(Unsupported::new(Axis::Quant, config.quant.name(), "none, dynamic FP8"));
     }
     why
 }
@@ -111,7 +102,7 @@ impl ReferenceKernel {
         };
         let valid: Vec<usize> = (0..rows.on_host()?).collect();
         let mut arena = cx.workspace.reborrow();
-        let x = self.compute.arrived(input, &valid, &mut arena)?;
+        let x = self.compute.arrived((input, packed.input_scales[0]), &valid, &mut arena)?;
         let mut pairs = Vec::new();
         let mut late = Vec::new();
         for &row in &valid {

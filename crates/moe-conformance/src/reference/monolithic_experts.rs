@@ -81,7 +81,7 @@ impl MonolithicKernel {
             Some(view) => Some(view.as_slice::<f32>()?),
             None => None,
         };
-        let x = self.compute.rows((input.hidden, scales), &valid, &mut arena)?;
+        let x = self.compute.rows((input.hidden, scales, packed.input_scales[0]), &valid, &mut arena)?;
         let slots = ids.iter().zip(&weights).enumerate();
         let local = slots.filter_map(|(position, (&id, &weight))| {
             let expert = usize::try_from(id).ok().and_then(|id| *self.table.get(id)?)?;

@@ -2,10 +2,12 @@
 
 use fused_moe_core::{
     BLOCK, DType, Error, ExpertMatrices, ExpertWeights, Fp8Format, MoeConfig, QuantScheme, Rank, Result,
-    Stage, WeightMatrix, WeightScale, check_expert_count,
+    Stage, TensorView, WeightMatrix, WeightScale, check_expert_count,
 };
 use half::bf16;
 use quant::decode_table;
+
+use crate::oracle::fp4;
 
 /// How the weights are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,6 +21,8 @@ pub(crate) enum Format {
 /// The experts of one rank in local order.
 pub(crate) struct PackedExperts {
     pub(super) experts: Vec<[Matrix; 3]>,
+    /// Largest input scale of gates and ups, and of downs.
+    pub(super) input_scales: [Option<f32>; 2],
 }
 
 impl PackedExperts {
@@ -32,17 +36,34 @@ impl PackedExperts {
     ) -> Result<ExpertWeights> {
         check_expert_count(backend, config, rank, experts)?;
         let (hidden, intermediate) = (config.hidden, config.intermediate);
+        let used = [intermediate - config.padding.intermediate, hidden - config.padding.hidden];
+        let into =
+            Wanted { dims: [intermediate, hidden], used, quant: config.quant, bias: config.expert_bias };
+        let down = Wanted { dims: [hidden, intermediate], used: [used[1], used[0]], ..into };
         let pack = |expert: &ExpertMatrices<'_>| {
             Ok([
-                Matrix::pack(expert.gate, [intermediate, hidden], config.quant, format)?,
-                Matrix::pack(expert.up, [intermediate, hidden], config.quant, format)?,
-                Matrix::pack(expert.down, [hidden, intermediate], config.quant, format)?,
+                Matrix::pack(expert.gate, into, format)?,
+                Matrix::pack(expert.up, into, format)?,
+                Matrix::pack(expert.down, down, format)?,
             ])
         };
         let packed: Result<Vec<_>, String> = experts.iter().map(pack).collect();
         let packed = packed.map_err(|why| Error::contract(Stage::Experts, backend, why))?;
         let bytes = packed.iter().flatten().map(Matrix::bytes).sum();
-        Ok(ExpertWeights::new(backend, Self { experts: packed }, bytes))
+        let gemm1 = experts.iter().flat_map(|e| [e.gate.input_scale, e.up.input_scale]).flatten();
+        let gemm2 = experts.iter().filter_map(|e| e.down.input_scale);
+        let input_scales = [gemm1.reduce(f32::max), gemm2.reduce(f32::max)];
+        let needs_scales = matches!(config.quant, QuantScheme::Nvfp4 | QuantScheme::Fp8PerTensorStatic(_))
+            && !experts.is_empty();
+        let usable = |scale: &Option<f32>| scale.is_some_and(|s| s > 0.0 && s.is_finite());
+        if needs_scales && !input_scales.iter().all(usable) {
+            let why = format!("input scales {input_scales:?} are not usable");
+            return Err(Error::contract(Stage::Experts, backend, why));
+        }
+        // Without experts nothing is computed, whatever rows arrive.
+        let kept = if experts.is_empty() { [Some(1.0); 2] } else { input_scales };
+        let weights = ExpertWeights::new(backend, Self { experts: packed, input_scales: kept }, bytes);
+        Ok(weights.with_input_scale(input_scales[0]))
     }
 
     /// The experts in `weights`, which must have been packed by `backend`.
@@ -56,6 +77,11 @@ impl PackedExperts {
 /// One matrix.
 pub(super) struct Matrix {
     cols: usize,
+    /// Rows and columns that are not padding.
+    used_rows: usize,
+    used: usize,
+    /// Zero where there is none, and in padding.
+    bias: Vec<f32>,
     values: Values,
     scale: Scale,
 }
@@ -63,6 +89,8 @@ pub(super) struct Matrix {
 enum Values {
     Bf16(Vec<bf16>),
     Codes(Vec<u8>, Fp8Format),
+    /// Pairs of codes.
+    Fp4(Vec<u8>),
 }
 
 enum Scale {
@@ -70,28 +98,40 @@ enum Scale {
     Tensor(f32),
     Channel(Vec<f32>),
     Block(Vec<f32>),
+    Mx(Vec<u8>),
+    Nv(Vec<u8>, f32),
+}
+
+/// What a matrix must be.
+#[derive(Clone, Copy)]
+struct Wanted {
+    dims: [usize; 2],
+    /// Rows and columns that are not padding.
+    used: [usize; 2],
+    quant: QuantScheme,
+    bias: bool,
 }
 
 impl Matrix {
-    fn pack(
-        matrix: WeightMatrix<'_>,
-        [rows, cols]: [usize; 2],
-        quant: QuantScheme,
-        format: Format,
-    ) -> Result<Self, String> {
+    fn pack(matrix: WeightMatrix<'_>, wanted: Wanted, format: Format) -> Result<Self, String> {
+        let Wanted { dims: [rows, cols], used, quant, .. } = wanted;
         let (found, dtype) = (matrix.values.dims(), matrix.values.dtype());
-        if found != [rows, cols] {
-            return Err(format!("matrix is {found:?}, needs {:?}", [rows, cols]));
+        let is_fp4 = matches!(quant, QuantScheme::Mxfp4 | QuantScheme::Nvfp4);
+        let stored = [rows, if is_fp4 { cols / 2 } else { cols }];
+        if found != stored {
+            return Err(format!("matrix is {found:?}, needs {stored:?}"));
         }
-        let wanted = quant.fp8().map_or(DType::Bf16, Fp8Format::dtype);
-        if dtype != wanted {
-            return Err(format!("matrix is of {dtype}, needs {wanted}"));
+        let element =
+            if is_fp4 { DType::Fp4E2M1x2 } else { quant.fp8().map_or(DType::Bf16, Fp8Format::dtype) };
+        if dtype != element {
+            return Err(format!("matrix is of {dtype}, needs {element}"));
         }
         let values = match quant.fp8() {
-            None => Values::Bf16(collect::<bf16>(matrix, rows)?),
-            Some(format) => Values::Codes(collect::<u8>(matrix, rows)?, format),
+            None if is_fp4 => Values::Fp4(collect::<u8>(matrix.values, rows)?),
+            None => Values::Bf16(collect::<bf16>(matrix.values, rows)?),
+            Some(format) => Values::Codes(collect::<u8>(matrix.values, rows)?, format),
         };
-        let floats = |view: fused_moe_core::TensorView<'_>, count: usize| {
+        let floats = |view: TensorView<'_>, count: usize| {
             let scales = view.as_slice::<f32>().map_err(|e| e.to_string())?;
             match scales.len() == count {
                 true => Ok(scales.to_vec()),
@@ -100,16 +140,36 @@ impl Matrix {
         };
         let scale = match (quant, matrix.scale) {
             (QuantScheme::Unquantized, None) => Scale::None,
-            (QuantScheme::Fp8PerTensor(_), Some(WeightScale::Tensor(scale))) => Scale::Tensor(scale),
+            (
+                QuantScheme::Fp8PerTensor(_) | QuantScheme::Fp8PerTensorStatic(_),
+                Some(WeightScale::Tensor(scale)),
+            ) => Scale::Tensor(scale),
             (QuantScheme::Fp8Ptpc(_), Some(WeightScale::Channel(view))) => {
                 Scale::Channel(floats(view, rows)?)
             }
             (QuantScheme::Fp8Block(_), Some(WeightScale::Block128(view))) => {
                 Scale::Block(floats(view, rows.div_ceil(BLOCK) * cols.div_ceil(BLOCK))?)
             }
+            (QuantScheme::Mxfp4, Some(WeightScale::Mx32(view))) => Scale::Mx(collect::<u8>(view, rows)?),
+            (QuantScheme::Nvfp4, Some(WeightScale::Nv16 { blocks, global })) => {
+                Scale::Nv(collect::<u8>(blocks, rows)?, global)
+            }
             (_, found) => return Err(format!("scale {found:?} does not belong to {quant}")),
         };
-        let packed = Self { cols, values, scale };
+        if matrix.bias.is_some() != wanted.bias {
+            return Err(format!("bias {:?} where there should be {}", matrix.bias, wanted.bias));
+        }
+        let mut bias = match matrix.bias {
+            Some(view) if view.dims() != [rows] => {
+                return Err(format!("bias is {:?}, needs [{rows}]", view.dims()));
+            }
+            Some(view) => {
+                view.as_slice::<bf16>().map_err(|e| e.to_string())?.iter().map(|x| x.to_f32()).collect()
+            }
+            None => vec![0.0; rows],
+        };
+        bias[used[0]..].fill(0.0);
+        let packed = Self { cols, used_rows: used[0], used: used[1], bias, values, scale };
         Ok(match format {
             Format::Stored => packed,
             Format::Dequantized => packed.dequantized(rows),
@@ -123,25 +183,34 @@ impl Matrix {
             self.row(row, &mut row_values);
             values.iter_mut().zip(&row_values).for_each(|(to, &x)| *to = bf16::from_f32(x));
         }
-        Self { cols: self.cols, values: Values::Bf16(values), scale: Scale::None }
+        let (cols, used, bias) = (self.cols, self.used, self.bias.clone());
+        Self { cols, used_rows: self.used_rows, used, bias, values: Values::Bf16(values), scale: Scale::None }
     }
 
     fn bytes(&self) -> usize {
         let values = match &self.values {
             Values::Bf16(values) => size_of_val(values.as_slice()),
-            Values::Codes(codes, _) => codes.len(),
+            Values::Codes(codes, _) | Values::Fp4(codes) => codes.len(),
         };
         let scales = match &self.scale {
             Scale::None => 0,
-            Scale::Tensor(_) => 1,
-            Scale::Channel(scales) | Scale::Block(scales) => scales.len(),
+            Scale::Tensor(_) => size_of::<f32>(),
+            Scale::Channel(scales) | Scale::Block(scales) => size_of_val(scales.as_slice()),
+            Scale::Mx(scales) => scales.len(),
+            Scale::Nv(scales, _) => scales.len() + size_of::<f32>(),
         };
-        values + scales * size_of::<f32>()
+        values + scales
     }
 
-    /// Writes row `row`, dequantised, to `out`.
+    /// The bias of row `row`.
+    pub(super) fn bias(&self, row: usize) -> f32 {
+        self.bias[row]
+    }
+
+    /// Writes row `row`, dequantised, to `out`; 0 in padding.
     pub(super) fn row(&self, row: usize, out: &mut [f32]) {
-        let range = row * self.cols..(row + 1) * self.cols;
+        let cols = self.cols;
+        let range = row * cols..(row + 1) * cols;
         match &self.values {
             Values::Bf16(values) => {
                 out.iter_mut().zip(&values[range]).for_each(|(out, x)| *out = x.to_f32());
@@ -149,6 +218,12 @@ impl Matrix {
             Values::Codes(codes, format) => {
                 let table = decode_table(*format);
                 out.iter_mut().zip(&codes[range]).for_each(|(out, &code)| *out = table[usize::from(code)]);
+            }
+            Values::Fp4(codes) => {
+                let codes = &codes[row * (cols / 2)..][..cols / 2];
+                for (column, out) in out.iter_mut().enumerate() {
+                    *out = fp4::decode(fp4::unpack(codes, column)) as f32;
+                }
             }
         }
         match &self.scale {
@@ -162,14 +237,31 @@ impl Matrix {
                     block.iter_mut().for_each(|x| *x *= scale);
                 }
             }
+            Scale::Mx(scales) => {
+                let scales = scales[row * (cols / fp4::MX_GROUP)..].iter();
+                for (group, &scale) in out.chunks_mut(fp4::MX_GROUP).zip(scales) {
+                    group.iter_mut().for_each(|x| *x *= fp4::decode_e8m0(scale) as f32);
+                }
+            }
+            Scale::Nv(blocks, global) => {
+                let table = decode_table(Fp8Format::E4M3Fn);
+                let blocks = blocks[row * (cols / fp4::NV_GROUP)..].iter();
+                for (group, &block) in out.chunks_mut(fp4::NV_GROUP).zip(blocks) {
+                    group.iter_mut().for_each(|x| *x *= table[usize::from(block)] * global);
+                }
+            }
+        }
+        out[self.used..].fill(0.0);
+        if row >= self.used_rows {
+            out.fill(0.0);
         }
     }
 }
 
-fn collect<T: fused_moe_core::Element>(matrix: WeightMatrix<'_>, rows: usize) -> Result<Vec<T>, String> {
-    let mut values = Vec::with_capacity(rows * matrix.values.dims()[1]);
+fn collect<T: fused_moe_core::Element>(view: TensorView<'_>, rows: usize) -> Result<Vec<T>, String> {
+    let mut values = Vec::with_capacity(rows * view.dims()[1]);
     for row in 0..rows {
-        values.extend_from_slice(matrix.values.row::<T>(row).map_err(|e| e.to_string())?);
+        values.extend_from_slice(view.row::<T>(row).map_err(|e| e.to_string())?);
     }
     Ok(values)
 }
