@@ -41,6 +41,14 @@ impl<'a, T> Rows<'a, T> {
 pub enum Activations<'a> {
     /// bf16 values.
     Bf16(Rows<'a, bf16>),
+    /// bf16 values with `x = value * scale`, the scale applied to f32 sums. NVFP4 activations are this: bf16 holds
+    /// every product of a code and its group's scale, and the global scale is what remains.
+    ScaledBf16 {
+        /// The values.
+        values: Rows<'a, bf16>,
+        /// One for all rows.
+        scale: f32,
+    },
     /// fp8 codes with `x = code * scale`. The codes are widened to bf16 exactly, the scales are
     /// applied to f32 sums.
     Fp8 {
@@ -68,7 +76,7 @@ impl Activations<'_> {
     /// Checks pitches and scale sizes for an inner size of `k`, and returns the number of rows.
     pub(crate) fn check(&self, k: usize) -> Result<usize, GemmError> {
         let (codes, scale) = match self {
-            Activations::Bf16(rows) => {
+            Activations::Bf16(rows) | Activations::ScaledBf16 { values: rows, .. } => {
                 rows.check("activation", k)?;
                 return Ok(rows.count(k));
             }
@@ -100,6 +108,7 @@ impl Activations<'_> {
     /// The factor on the finished sum of a row.
     pub(crate) fn row_scale(&self, row: usize) -> Option<f32> {
         match self {
+            Activations::ScaledBf16 { scale, .. } => Some(*scale),
             Activations::Fp8 { scale: ActivationScale::PerTensor(scale), .. } => Some(*scale),
             Activations::Fp8 { scale: ActivationScale::PerToken(scales), .. } => Some(scales[row]),
             _ => None,
@@ -110,7 +119,7 @@ impl Activations<'_> {
     pub(crate) fn pack_row<K: Kernel>(&self, kernel: K, row: usize, pairs: PairRange, words: &mut [u32]) {
         let (start, end) = (2 * pairs.start, (2 * pairs.end).min(pairs.k));
         match self {
-            Activations::Bf16(rows) => {
+            Activations::Bf16(rows) | Activations::ScaledBf16 { values: rows, .. } => {
                 let row = &rows.row(row, pairs.k)[start..end];
                 kernel.vectorize(
                     #[inline(always)]

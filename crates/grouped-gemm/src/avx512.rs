@@ -47,6 +47,7 @@ impl Kernel for Avx512 {
                 PanelPairs::Bf16(words) => {
                     multiply_rows(tile, Bf16Lines { first: words.as_ptr(), pairs: words.len() / PANEL })
                 }
+                PanelPairs::Fp4(_) => unreachable!("fp4 panels are decoded before they are multiplied"),
                 PanelPairs::Fp8 { codes, kind } => {
                     let pairs = codes.len() / (2 * PANEL);
                     let table = Fp8Table::new(kind);

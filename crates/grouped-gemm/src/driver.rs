@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::activations::PairRange;
 use crate::aligned::floats;
-use crate::epilogue::{RowFactors, join_gate_up};
+use crate::epilogue::{RowTerms, join_gate_up};
 use crate::kernel::{BlockScales, Kernel, TILE_ROWS, Tile};
 use crate::panel::{BLOCK_PAIRS, PANEL, PanelPairs};
 use crate::sink::RowSink;
@@ -17,7 +17,7 @@ use crate::{Epilogue, GroupedGemm};
 const CHUNK_PAIRS: usize = 512;
 /// Most K pairs at once when a panel is used for several tiles, so that it stays in L2 (256 KiB).
 const REUSED_PAIRS: usize = 1024;
-/// K pairs of fp8 that are widened at once for several tiles, 16 KiB: they stay in L1.
+/// K pairs of codes that are widened at once for several tiles, 16 KiB: they stay in L1.
 const DECODED_PAIRS: usize = BLOCK_PAIRS;
 /// Words between packed rows, which keeps rows of a tile off each other's L1 sets.
 const ROW_GAP: usize = 16;
@@ -113,17 +113,31 @@ impl<'a, K: Kernel> Worker<'a, K> {
         let PairRange { start, end, .. } = packed.pairs;
         let lines = weight.panel(panel).slice(start..end);
         let tiles = packed.rows.div_ceil(TILE_ROWS);
-        let is_fp8 = matches!(lines, PanelPairs::Fp8 { .. });
-        let decodes = is_fp8 && packed.rows > K::FP8_TILE_ROWS;
+        let decodes = match lines {
+            PanelPairs::Bf16(_) => false,
+            PanelPairs::Fp8 { .. } => packed.rows > K::FP8_TILE_ROWS,
+            PanelPairs::Fp4(_) => true,
+        };
         let step = if decodes { DECODED_PAIRS } else { packed.pairs.len() };
-        let column_scales = weight.scale().and_then(|scale| scale.blocks(panel, shape));
+        let column_scales = weight.terms().scale.as_ref().and_then(|scale| scale.blocks(panel, shape));
         for from in (0..packed.pairs.len()).step_by(step) {
             let to = (from + step).min(packed.pairs.len());
             let mut lines = lines.slice(from..to);
-            if let (PanelPairs::Fp8 { codes, kind }, true) = (lines, decodes) {
-                let words = &mut self.decoded[..codes.len() / 2];
-                self.kernel.decode_panel(kind, codes, words);
-                lines = PanelPairs::Bf16(words);
+            match lines {
+                PanelPairs::Fp8 { codes, kind } if decodes => {
+                    let words = &mut self.decoded[..codes.len() / 2];
+                    self.kernel.decode_panel(kind, codes, words);
+                    lines = PanelPairs::Bf16(words);
+                }
+                PanelPairs::Fp4(run) => {
+                    let words = &mut self.decoded[..run.words()];
+                    self.kernel.vectorize(
+                        #[inline(always)]
+                        || run.decode(words),
+                    );
+                    lines = PanelPairs::Bf16(words);
+                }
+                _ => {}
             }
             let block = from / BLOCK_PAIRS;
             let mut row = 0;
@@ -161,18 +175,20 @@ impl<'a, K: Kernel> Worker<'a, K> {
         let shape = weight.shape();
         let column = panels.start * shape.columns.results_per_panel();
         let results = (panels.len() * shape.columns.results_per_panel()).min(shape.result_columns() - column);
-        let columns = weight.scale().and_then(|scale| scale.columns(panels.start));
+        let terms = weight.terms();
+        let scales = terms.scale.as_ref().and_then(|scale| scale.columns(panels.start));
         for (i, sorted) in rows.clone().enumerate() {
             let sums = &mut self.sums[i * SUM_COLUMNS..][..panels.len() * PANEL];
-            let factors = RowFactors {
-                columns,
+            let terms = RowTerms {
+                scales,
                 activation: gemm.activations.row_scale(gemm.activation_row(sorted)),
                 router: gemm.router_weights.map(|weights| weights[sorted]),
+                bias: terms.bias(panels.start),
             };
             self.kernel.vectorize(
                 #[inline(always)]
                 || {
-                    factors.apply(sums);
+                    terms.apply(gemm.epilogue, sums);
                     if let Epilogue::GateUp(activation) = gemm.epilogue {
                         join_gate_up(activation, sums);
                     }

@@ -35,7 +35,7 @@ pub enum GemmError {
         /// The same of the up projection.
         up: String,
     },
-    /// A scale tensor of the wrong size.
+    /// A scale tensor or a bias of the wrong size.
     #[error("{what} needs {wanted} values, found {found}")]
     ScaleLength {
         /// Which scale tensor.
@@ -44,6 +44,44 @@ pub enum GemmError {
         wanted: usize,
         /// Values given.
         found: usize,
+    },
+    /// An FP4 weight whose rows are not whole groups.
+    #[error("an fp4 weight of {k} columns is not whole groups of {group}")]
+    RaggedGroup {
+        /// Columns of the weight.
+        k: usize,
+        /// Columns under one scale.
+        group: usize,
+    },
+    /// Pairs of FP4 codes that are not `n * k / 2`.
+    #[error("fp4 weight [{n}, {k}] needs {} pairs of codes, found {found}", n * k / 2)]
+    Fp4Length {
+        /// Rows of the weight.
+        n: usize,
+        /// Columns of the weight.
+        k: usize,
+        /// Pairs in the slice.
+        found: usize,
+    },
+    /// A group scale that is NaN.
+    #[error("the scale of row {row} from column {column} on is NaN (code {code:#04x})")]
+    NanScale {
+        /// Row of the weight.
+        row: usize,
+        /// First column of the group.
+        column: usize,
+        /// The code.
+        code: u8,
+    },
+    /// A row of an MXFP4 weight whose values no common factor brings into bf16's normal range.
+    #[error("row {row} has e8m0 scales from {least} to {most}, more than 250 apart")]
+    Fp4Range {
+        /// Row of the weight.
+        row: usize,
+        /// Smallest scale of a group that is not zero.
+        least: u8,
+        /// Largest scale of a group that is not zero.
+        most: u8,
     },
     /// Experts of one call that differ in shape or column order.
     #[error("expert {expert} is {found}, expert 0 is {wanted}")]

@@ -31,9 +31,11 @@ pub struct Group {
 /// # Order of operations
 /// Each sum is one chain of additions in ascending K. With 128-wide scales (of weights, activations or
 /// both) each 128 of K is summed on its own and added to the total times `activation scale * weight
-/// scale`. Scales per channel, per token or per tensor multiply the finished sum: first the weight's,
-/// then the activation's, then `router_weights`, then the epilogue follows. A row's result therefore
-/// has the same bits whatever other rows, groups and threads take part; only another [`Isa`] changes it.
+/// scale`. Group scales of fp4 are part of the decoded bf16 operands. Scales per channel, per token or per
+/// tensor multiply the finished sum: first the weight's, then the activation's. Then follow
+/// `router_weights` and the bias before an activation, the bias and `router_weights` without one, and the
+/// epilogue. A row's result therefore has the same bits whatever other rows, groups and threads take
+/// part; only another [`Isa`] changes it.
 #[derive(Debug)]
 pub struct GroupedGemm<'a, W> {
     /// One weight per expert, all of one shape `[N, K]` and column order.
@@ -44,7 +46,8 @@ pub struct GroupedGemm<'a, W> {
     pub gather: Option<&'a [u32]>,
     /// Groups in ascending order of disjoint rows. Gaps are left alone.
     pub groups: &'a [Group],
-    /// A factor for each sorted row, applied to the products before an activation.
+    /// A factor for each sorted row. Before an activation it stands for a weight on the input, `w·(x·Wᵀ) + bias`;
+    /// of plain products it is one on the output, `w·(x·Wᵀ + bias)`.
     pub router_weights: Option<&'a [f32]>,
     /// What is stored.
     pub epilogue: Epilogue,

@@ -1,10 +1,11 @@
 //! Host grouped GEMM over packed expert weights.
 //!
 //! This is the arithmetic of stage 3 (experts) on a CPU: every expert multiplies its own rows with its
-//! own weight, all in one call. Weights are packed once at load into [`PackedBf16`] or [`PackedFp8`];
-//! fp8 weights stay one byte each in memory and are widened exactly, zeros and subnormals included.
-//! Rows are gathered by index while they are packed, so no permuted copy of the activations exists, and
-//! `silu(gate) * up` is formed on the tile.
+//! own weight, all in one call. Weights are packed once at load into [`PackedBf16`], [`PackedFp8`] or
+//! [`PackedFp4`]; fp8 weights stay one byte and fp4 weights half a byte each in memory and are widened
+//! exactly, zeros and subnormals included. Rows are gathered by index while they are packed, so no permuted
+//! copy of the activations exists, and scales, biases and the activation of gate and up are applied on the
+//! tile.
 //!
 //! ```
 //! use grouped_gemm::*;
@@ -34,8 +35,10 @@
 //! [`experts`] has what every host experts backend does alike around the two GEMMs: packing a rank's
 //! experts for a scheme of the configuration, and quantising activations.
 //!
-//! What it does not do: sort tokens by expert, add up the experts of a token, or read the environment. Only bf16 and fp8 operands exist so far, for AVX-512 with BF16 and for everything else.
+//! What it does not do: sort tokens by expert, add up the experts of a token, or read the environment. Operands are
+//! multiplied as bf16, with AVX-512 BF16 or in plain Rust.
 
+mod activation;
 mod activations;
 mod aligned;
 #[cfg(target_arch = "x86_64")]
@@ -44,6 +47,7 @@ mod driver;
 mod epilogue;
 mod error;
 pub mod experts;
+mod fp4;
 mod fp8;
 mod gemm;
 mod isa;
@@ -57,13 +61,15 @@ mod tasks;
 mod weights;
 
 pub use error::GemmError;
+pub use fp4::{Fp4Scale, Fp4Weight, PackedFp4};
 pub use fp8::Fp8Kind;
 pub use isa::Isa;
 pub use panel::{Columns, PackedShape};
 pub use scale::WeightScale;
 pub use weights::{Fp8Weight, PackedBf16, PackedFp8, PackedWeight, Weight};
 
+pub use activation::Activation;
 pub use activations::{ActivationScale, Activations, Rows};
-pub use epilogue::{Activation, Epilogue};
+pub use epilogue::Epilogue;
 pub use gemm::{Executor, Group, GroupedGemm};
 pub use sink::{Bf16Rows, F32Rows, RowSink};

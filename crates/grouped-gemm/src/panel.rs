@@ -10,6 +10,8 @@
 
 use std::ops::Range;
 
+use crate::fp4::Fp4Pairs;
+
 /// Columns of a panel.
 pub(crate) const PANEL: usize = 64;
 /// Rows of K under one block scale.
@@ -110,6 +112,8 @@ pub(crate) enum PanelPairs<'a> {
     Bf16(&'a [u32]),
     /// `[pairs][128]` codes in [`fp8_offset`] order.
     Fp8 { codes: &'a [u8], kind: crate::Fp8Kind },
+    /// Pairs of codes with their group scales.
+    Fp4(Fp4Pairs<'a>),
 }
 
 impl PanelPairs<'_> {
@@ -119,6 +123,7 @@ impl PanelPairs<'_> {
             PanelPairs::Fp8 { codes, kind } => {
                 PanelPairs::Fp8 { codes: &codes[pairs.start * 2 * PANEL..pairs.end * 2 * PANEL], kind }
             }
+            PanelPairs::Fp4(run) => PanelPairs::Fp4(run.slice(pairs)),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Scales of fp8 weights.
+//! Scales of weights, and biases, which are applied in the same place.
 
 use crate::GemmError;
 use crate::panel::{Columns, PANEL, PackedShape, SCALE_BLOCK};
@@ -59,6 +59,11 @@ pub(crate) enum PackedScale {
 }
 
 impl PackedScale {
+    /// One per row of the weight, on the finished sum.
+    pub(crate) fn per_column(shape: &PackedShape, scale_of: impl Fn(usize) -> f32) -> Self {
+        PackedScale::PerColumn(per_column(shape, scale_of))
+    }
+
     /// `parts` are the scales of the weight, or those of gate and up.
     pub(crate) fn pack(shape: &PackedShape, parts: &[&WeightScale]) -> Self {
         let part_rows = shape.n / parts.len();
@@ -73,8 +78,7 @@ impl PackedScale {
             let scales = (0..shape.panels()).flat_map(|p| (0..blocks).map(move |b| (p, b)));
             PackedScale::PerBlock(scales.map(|(panel, block)| halves(panel, block)).collect())
         } else {
-            let columns = (0..shape.panels()).flat_map(|p| (0..PANEL).map(move |c| (p, c)));
-            PackedScale::PerColumn(columns.map(|(panel, column)| at(panel, column, 0)).collect())
+            Self::per_column(shape, |row| parts[row / part_rows].at(row % part_rows, 0, blocks))
         }
     }
 
@@ -102,6 +106,45 @@ impl PackedScale {
             }
         }
     }
+}
+
+/// What the columns of a packed weight bring to a row beside the products of their values.
+#[derive(Debug, Default)]
+pub(crate) struct ColumnTerms {
+    pub(crate) scale: Option<PackedScale>,
+    /// `[panels][64]`, added to the finished and scaled sum.
+    bias: Option<Vec<f32>>,
+}
+
+impl ColumnTerms {
+    pub(crate) fn scaled(scale: PackedScale) -> Self {
+        ColumnTerms { scale: Some(scale), bias: None }
+    }
+
+    /// Takes the bias of the rows of a weight, gate rows before up rows.
+    pub(crate) fn set_bias(&mut self, shape: &PackedShape, bias: &[f32]) -> Result<(), GemmError> {
+        if bias.len() != shape.n {
+            return Err(GemmError::ScaleLength { what: "bias", wanted: shape.n, found: bias.len() });
+        }
+        self.bias = Some(per_column(shape, |row| bias[row]));
+        Ok(())
+    }
+
+    /// Biases of the columns of panels from `panel` on.
+    pub(crate) fn bias(&self, panel: usize) -> Option<&[f32]> {
+        self.bias.as_ref().map(|bias| &bias[panel * PANEL..])
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        let bias = self.bias.as_ref().map_or(0, |bias| size_of_val(bias.as_slice()));
+        bias + self.scale.as_ref().map_or(0, PackedScale::bytes)
+    }
+}
+
+/// A number for every packed column, `[panels][64]`, zero in the padding.
+fn per_column(shape: &PackedShape, of_row: impl Fn(usize) -> f32) -> Vec<f32> {
+    let columns = (0..shape.panels()).flat_map(|panel| (0..PANEL).map(move |column| (panel, column)));
+    columns.map(|(panel, column)| shape.weight_row(panel, column).map_or(0.0, &of_row)).collect()
 }
 
 /// The shape under which gate and up `[I, K]` are packed together.

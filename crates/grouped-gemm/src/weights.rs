@@ -6,7 +6,7 @@ use half::bf16;
 
 use crate::aligned::Aligned;
 use crate::panel::{Columns, PANEL, PackedShape, PanelPairs, for_each_column, fp8_offset};
-use crate::scale::{PackedScale, gate_up_shape};
+use crate::scale::{ColumnTerms, PackedScale, gate_up_shape};
 use crate::{Fp8Kind, GemmError, WeightScale};
 
 /// A row-major weight `[n, k]` as a checkpoint stores it: `y = x · Wᵀ`.
@@ -49,20 +49,35 @@ pub struct Fp8Weight<'a> {
 pub trait PackedWeight: Sync + sealed::Sealed {
     /// Shape and column order.
     fn shape(&self) -> &PackedShape;
-    /// Bytes of memory held: weights with their padding, and scales.
+    /// Bytes of memory held: weights with their padding, scales, and bias.
     fn bytes(&self) -> usize;
+
+    /// The same with a bias `[N]`, gate rows before up rows for a pair, added to the scaled sums.
+    ///
+    /// # Errors
+    /// A bias that is not `N` long.
+    fn with_bias(mut self, bias: &[f32]) -> Result<Self, GemmError>
+    where
+        Self: Sized,
+    {
+        let shape = *self.shape();
+        self.terms_mut().set_bias(&shape, bias)?;
+        Ok(self)
+    }
 }
 
 pub(crate) mod sealed {
     use crate::panel::PanelPairs;
-    use crate::scale::PackedScale;
+    use crate::scale::ColumnTerms;
 
     /// What the driver needs of a weight.
     pub trait Sealed {
         #[expect(private_interfaces, reason = "a sealed trait is not callable from outside")]
         fn panel(&self, panel: usize) -> PanelPairs<'_>;
         #[expect(private_interfaces, reason = "a sealed trait is not callable from outside")]
-        fn scale(&self) -> Option<&PackedScale>;
+        fn terms(&self) -> &ColumnTerms;
+        #[expect(private_interfaces, reason = "a sealed trait is not callable from outside")]
+        fn terms_mut(&mut self) -> &mut ColumnTerms;
     }
 }
 
@@ -70,6 +85,7 @@ pub(crate) mod sealed {
 pub struct PackedBf16 {
     shape: PackedShape,
     words: Aligned<u32>,
+    terms: ColumnTerms,
 }
 
 impl PackedBf16 {
@@ -117,7 +133,7 @@ impl PackedBf16 {
                 *place = pair_word(pair);
             }
         });
-        PackedBf16 { shape, words }
+        PackedBf16 { shape, words, terms: ColumnTerms::default() }
     }
 }
 
@@ -129,7 +145,7 @@ pub struct PackedFp8 {
     shape: PackedShape,
     codes: Aligned<u8>,
     kind: Fp8Kind,
-    scale: PackedScale,
+    terms: ColumnTerms,
 }
 
 impl PackedFp8 {
@@ -190,7 +206,8 @@ impl PackedFp8 {
                 line[fp8_offset(column)..][..pair.len()].copy_from_slice(pair);
             }
         });
-        PackedFp8 { shape, codes, kind: parts[0].kind, scale: PackedScale::pack(&shape, &scales) }
+        let terms = ColumnTerms::scaled(PackedScale::pack(&shape, &scales));
+        PackedFp8 { shape, codes, kind: parts[0].kind, terms }
     }
 }
 
@@ -206,7 +223,7 @@ impl PackedWeight for PackedBf16 {
         &self.shape
     }
     fn bytes(&self) -> usize {
-        size_of_val(self.words.as_slice())
+        size_of_val(self.words.as_slice()) + self.terms.bytes()
     }
 }
 
@@ -217,8 +234,12 @@ impl sealed::Sealed for PackedBf16 {
         PanelPairs::Bf16(&self.words.as_slice()[panel * len..][..len])
     }
     #[expect(private_interfaces, reason = "a sealed trait is not callable from outside")]
-    fn scale(&self) -> Option<&PackedScale> {
-        None
+    fn terms(&self) -> &ColumnTerms {
+        &self.terms
+    }
+    #[expect(private_interfaces, reason = "a sealed trait is not callable from outside")]
+    fn terms_mut(&mut self) -> &mut ColumnTerms {
+        &mut self.terms
     }
 }
 
@@ -227,7 +248,7 @@ impl PackedWeight for PackedFp8 {
         &self.shape
     }
     fn bytes(&self) -> usize {
-        self.codes.as_slice().len() + self.scale.bytes()
+        self.codes.as_slice().len() + self.terms.bytes()
     }
 }
 
@@ -238,8 +259,12 @@ impl sealed::Sealed for PackedFp8 {
         PanelPairs::Fp8 { codes: &self.codes.as_slice()[panel * len..][..len], kind: self.kind }
     }
     #[expect(private_interfaces, reason = "a sealed trait is not callable from outside")]
-    fn scale(&self) -> Option<&PackedScale> {
-        Some(&self.scale)
+    fn terms(&self) -> &ColumnTerms {
+        &self.terms
+    }
+    #[expect(private_interfaces, reason = "a sealed trait is not callable from outside")]
+    fn terms_mut(&mut self) -> &mut ColumnTerms {
+        &mut self.terms
     }
 }
 
@@ -256,7 +281,7 @@ impl fmt::Debug for PackedFp8 {
 }
 
 /// Row `row` of the parts stacked on each other, which have equal sizes.
-fn row_of<'a, T>(parts: &[&'a [T]], row: usize, k: usize) -> &'a [T] {
+pub(crate) fn row_of<'a, T>(parts: &[&'a [T]], row: usize, k: usize) -> &'a [T] {
     let part_rows = parts[0].len() / k;
     &parts[row / part_rows][row % part_rows * k..][..k]
 }
@@ -341,6 +366,8 @@ mod tests {
         assert_eq!(refused(weight(0, 5, &one)), GemmError::EmptyWeight { n: 0, k: 5 });
         let what = "per-channel weight scale";
         assert_eq!(refused(weight(4, 3, &channel)), GemmError::ScaleLength { what, wanted: 4, found: 3 });
+        let bias = PackedFp8::pack(weight(4, 3, &one)).unwrap().with_bias(&[0.0; 3]).unwrap_err();
+        assert_eq!(bias, GemmError::ScaleLength { what: "bias", wanted: 4, found: 3 });
         let what = "128x128 weight scale";
         assert_eq!(refused(weight(4, 3, &block)), GemmError::ScaleLength { what, wanted: 1, found: 2 });
         let pair = PackedFp8::pack_gate_up(weight(3, 4, &one), weight(3, 4, &channel)).unwrap_err();

@@ -5,7 +5,7 @@ mod common;
 use std::num::NonZeroUsize;
 
 use common::{Call, Case, Operand, PackedSet, Scaling};
-use grouped_gemm::{Executor, Fp8Kind, Group, Isa};
+use grouped_gemm::{Activation, Executor, Fp8Kind, Group, Isa};
 use rstest::rstest;
 
 const FP8_BLOCK: Operand = Operand::Fp8(Fp8Kind::E4M3Fn, Scaling::Block);
@@ -23,14 +23,17 @@ fn bits(values: &[f32]) -> Vec<u32> {
 
 /// More K than is packed at once for a full chunk of rows, and an odd end.
 fn call(weight: Operand, activation: Operand) -> Call {
-    Case { rows: &ROWS, n: 40, k: 2437, gate_up: true, weight, activation }.make()
+    let is_fp4 = [weight, activation].iter().any(|o| matches!(o, Operand::Mxfp4 | Operand::Nvfp4));
+    let k = if is_fp4 { 2464 } else { 2437 };
+    let join = Activation::SwigluOai { alpha: 1.702, limit: 7.0 };
+    Case { rows: &ROWS, n: 40, k, gate_up: true, weight, activation, join, bias: true }.make()
 }
 
 #[rstest]
 fn a_row_alone_has_the_bits_it_has_in_a_batch(
     #[values(Isa::Avx512Bf16, Isa::Portable)] isa: Isa,
-    #[values(Operand::Bf16, FP8_BLOCK, FP8_VECTOR)] weight: Operand,
-    #[values(Operand::Bf16, FP8_BLOCK, FP8_VECTOR)] activation: Operand,
+    #[values(Operand::Bf16, FP8_BLOCK, FP8_VECTOR, Operand::Mxfp4, Operand::Nvfp4)] weight: Operand,
+    #[values(Operand::Bf16, FP8_BLOCK, FP8_VECTOR, Operand::Nvfp4)] activation: Operand,
 ) {
     let Some(executor) = executor(isa, 1) else { return };
     let mut call = call(weight, activation);
@@ -49,7 +52,7 @@ fn a_row_alone_has_the_bits_it_has_in_a_batch(
 #[rstest]
 fn the_number_of_threads_changes_nothing(
     #[values(Isa::Avx512Bf16, Isa::Portable)] isa: Isa,
-    #[values(Operand::Bf16, FP8_BLOCK)] weight: Operand,
+    #[values(Operand::Bf16, FP8_BLOCK, Operand::Mxfp4, Operand::Nvfp4)] weight: Operand,
 ) {
     let Some(one) = executor(isa, 1) else { return };
     let call = call(weight, Operand::Bf16);

@@ -2,7 +2,7 @@
 
 use fused_moe_core::{BLOCK, DType, Fp8Format, QuantScheme};
 
-use crate::{Epilogue, Fp8Kind};
+use crate::{Activation, Epilogue, Fp8Kind};
 
 /// What the two GEMMs multiply.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -76,8 +76,14 @@ impl std::fmt::Display for Scaling {
 
 /// What gemm1 stores for an activation of the configuration; `None` if it cannot.
 pub fn epilogue(activation: fused_moe_core::Activation) -> Option<Epilogue> {
-    match activation {
-        fused_moe_core::Activation::Silu => Some(Epilogue::GateUp(crate::Activation::Silu)),
-        _ => None,
-    }
+    use fused_moe_core::Activation as Wanted;
+    let activation = match activation {
+        Wanted::Silu => Activation::Silu,
+        Wanted::Gelu => Activation::Gelu,
+        Wanted::GeluTanh => Activation::GeluTanh,
+        Wanted::SwigluOai { alpha, limit } => Activation::SwigluOai { alpha, limit },
+        Wanted::SiluClamped { limit } => Activation::SiluClamped { limit },
+        _ => return None,
+    };
+    Some(Epilogue::GateUp(activation))
 }
