@@ -6,6 +6,9 @@ use crate::config::Config;
 use crate::error::Result;
 use crate::quantization::declared_scheme;
 
+/// Most layers of a model. Layers are enumerated, so a config must not make them billions.
+const MAX_LAYERS: usize = 1 << 14;
+
 /// A family of models, by `model_type`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -92,7 +95,7 @@ struct LayerRule {
     /// `(layer + offset) % step == 0`.
     step: usize,
     offset: usize,
-    /// Dense whatever the rest says.
+    /// Dense whatever the rest says; ascending.
     dense: Vec<usize>,
 }
 
@@ -113,7 +116,7 @@ impl MoeModel {
         layer < self.num_layers
             && layer >= rule.first
             && (layer + rule.offset).is_multiple_of(rule.step)
-            && !rule.dense.contains(&layer)
+            && rule.dense.binary_search(&layer).is_err()
     }
 
     /// The layers with experts, ascending.
@@ -155,6 +158,9 @@ impl MoeModel {
             _ => config.size(&["moe_intermediate_size"])?,
         };
         let num_layers = config.size(&["num_hidden_layers"])?;
+        if num_layers > MAX_LAYERS {
+            return Err(config.bad("num_hidden_layers", format!("at most {MAX_LAYERS}")));
+        }
         Ok(MoeModel {
             family,
             hidden: config.size(&["hidden_size"])?,
@@ -285,12 +291,11 @@ fn layer_rule(config: &Config<'_>, family: ModelFamily) -> Result<LayerRule> {
     let step = |key: &str| if config.has(key) { config.size(&[key]) } else { Ok(1) };
     match family {
         ModelFamily::Mixtral | ModelFamily::Olmoe => Ok(all),
-        ModelFamily::Qwen2Moe | ModelFamily::Qwen3Moe => Ok(LayerRule {
-            step: step("decoder_sparse_step")?,
-            offset: 1,
-            dense: config.counts("mlp_only_layers")?.unwrap_or_default(),
-            ..all
-        }),
+        ModelFamily::Qwen2Moe | ModelFamily::Qwen3Moe => {
+            let mut dense = config.counts("mlp_only_layers")?.unwrap_or_default();
+            dense.sort_unstable();
+            Ok(LayerRule { step: step("decoder_sparse_step")?, offset: 1, dense, ..all })
+        }
         ModelFamily::DeepSeekV2 | ModelFamily::DeepSeekV3 => {
             let default = if family == ModelFamily::DeepSeekV3 { 3 } else { 0 };
             let first = config.count(&["first_k_dense_replace"])?.unwrap_or(default);

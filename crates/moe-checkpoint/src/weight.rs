@@ -196,6 +196,7 @@ fn scale_kind(
     let blocks = [rows.div_ceil(BLOCK), wanted.cols.div_ceil(BLOCK)];
     let per_tensor = matches!(declared, QuantScheme::Fp8PerTensor(_));
     let per_block = matches!(declared, QuantScheme::Fp8Block(_));
+    let per_channel = matches!(declared, QuantScheme::Fp8Ptpc(_));
     let own_shape = match wanted.packed {
         None => Some(scale.shape),
         Some(part) => scale.shape.split_first().filter(|(e, _)| **e == part.num_experts).map(|(_, s)| s),
@@ -206,7 +207,8 @@ fn scale_kind(
         if shape == blocks && (inverse || per_block) {
             return Ok(ScaleKind::Block);
         }
-        if one && (!inverse || per_tensor) {
+        // The scale of a single row has the shape of the scale of a matrix.
+        if one && (!inverse || per_tensor) && !(by_row && per_channel) {
             return Ok(ScaleKind::Tensor);
         }
         if by_row && !inverse {

@@ -33,6 +33,8 @@ fn filled(dtype: Dtype, shape: &[usize], byte: u8) -> Tensor {
 #[case::flag("norm_topk_prob", json!(1), "norm_topk_prob is 1, wanted true or false")]
 #[case::layers("decoder_sparse_step", json!(0), "decoder_sparse_step is 0, wanted a positive whole number")]
 #[case::not_this_layer("decoder_sparse_step", json!(3), "layer 1 is not an MoE layer; the model has 4 layers, with experts: 2")]
+// Found by fuzzing: the layers of such a config were enumerated for minutes.
+#[case::billions_of_layers("num_hidden_layers", json!(i32::MAX), "num_hidden_layers is 2147483647, wanted at most 16384")]
 #[case::none("decoder_sparse_step", json!(9), "layer 1 is not an MoE layer; the model has 4 layers, with experts: none")]
 #[case::method("quantization_config", json!({"quant_method": "gptq"}), "quantization_config.quant_method is \"gptq\", wanted one of fp8, compressed-tensors")]
 #[case::no_method("quantization_config", json!({"bits": 8}), "key quantization_config.quant_method is missing")]

@@ -130,6 +130,20 @@ fn packed_experts_are_gate_rows_then_up_rows(#[case] intermediate: usize, #[case
     }
 }
 
+/// Found by fuzzing: one row's scale per channel was taken for one per matrix, which its declaration rules out.
+#[test]
+fn a_single_row_has_the_scale_that_the_config_declares() {
+    let group = json!({ "weights": { "strategy": "channel" }, "input_activations": { "dynamic": true } });
+    let declared = json!({ "quant_method": "compressed-tensors", "config_groups": { "g": group } });
+    let mut fixture = qwen3(Weights::Bf16).set("moe_intermediate_size", json!(1));
+    fixture.tensors.retain(|name, _| name.ends_with("mlp.gate.weight"));
+    for expert in 0..EXPERTS {
+        fixture.put_mlp(&format!("{BLOCK}.experts.{expert}"), HF, 1, Weights::Channel);
+    }
+    assert!(fixture.error().ends_with("one layer has one scheme"), "without a declaration it is either");
+    read_all(fixture.set("quantization_config", declared).write().path()).unwrap();
+}
+
 #[test]
 fn models_without_a_language_head_have_no_prefix() {
     let mut fixture = qwen3(Weights::Channel);
