@@ -26,6 +26,12 @@ pub enum AiterError {
         /// Experts per token.
         top_k: usize,
     },
+    /// Blocks of more entries than a sort pads to.
+    #[error("blocks of {block_m} entries are too large to sort into (at most {})", crate::MAX_BLOCK_M)]
+    BlockSize {
+        /// Entries of a block.
+        block_m: usize,
+    },
     /// An id that names no expert and is not the padding id -1.
     #[error("expert id {id} of row {row} slot {slot} is neither -1 nor below {num_experts}")]
     ExpertId {

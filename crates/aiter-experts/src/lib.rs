@@ -83,7 +83,8 @@ mod provider;
 
 pub use error::AiterError;
 pub use moe_sorting::{
-    MAX_TOKENS, MAX_TOP_K, MoeSorting, SortBuffers, SortMemory, SortSizes, SortedTokenId, SortedTokens,
+    MAX_BLOCK_M, MAX_TOKENS, MAX_TOP_K, MoeSorting, SortBuffers, SortMemory, SortSizes, SortedTokenId,
+    SortedTokens,
 };
 pub use provider::AiterExperts;
 

@@ -14,6 +14,9 @@ const TOKEN_BITS: u32 = 24;
 pub const MAX_TOKENS: usize = 1 << TOKEN_BITS;
 /// Most experts per token. A slot is one byte, and the slot of padding is `top_k` itself.
 pub const MAX_TOP_K: usize = u8::MAX as usize;
+/// Largest block. AITER's are 256 at most; the limit keeps the padding of thousands of experts inside the i32s that
+/// positions are.
+pub const MAX_BLOCK_M: usize = 1 << 12;
 
 /// One entry of the sorted order, `slot << 24 | token`.
 ///
@@ -176,10 +179,13 @@ impl MoeSorting {
     /// in blocks of `block_m` entries.
     ///
     /// # Errors
-    /// [`AiterError::TopK`].
+    /// [`AiterError::TopK`], [`AiterError::BlockSize`].
     pub fn new(mask: &ExpertMask, top_k: usize, block_m: NonZeroUsize) -> Result<Self, AiterError> {
         if top_k > MAX_TOP_K {
             return Err(AiterError::TopK { top_k });
+        }
+        if block_m.get() > MAX_BLOCK_M {
+            return Err(AiterError::BlockSize { block_m: block_m.get() });
         }
         let num_local_experts = mask.as_slice().iter().filter(|&&held| held != 0).count();
         Ok(Self { experts: mask.to_map(), num_local_experts, top_k, block_m: block_m.get() })
@@ -189,7 +195,9 @@ impl MoeSorting {
     ///
     /// A token never names an expert twice, so it fills at most as many entries as there are local experts; and
     /// only experts that have a token are padded. AITER reserves `num_tokens · top_k + num_experts · block_m - top_k`.
+    /// More tokens than can be sorted count as [`MAX_TOKENS`].
     pub fn sizes(&self, num_tokens: usize) -> SortSizes {
+        let num_tokens = num_tokens.min(MAX_TOKENS);
         let pairs = num_tokens * self.top_k.min(self.num_local_experts);
         let padding = pairs.min(self.num_local_experts) * (self.block_m - 1);
         let blocks = (pairs + padding) / self.block_m;
@@ -213,8 +221,9 @@ impl MoeSorting {
         num_tokens: usize,
         buffers: SortBuffers<'a>,
     ) -> Result<SortedTokens<'a>, AiterError> {
-        if num_tokens >= MAX_TOKENS {
-            return Err(AiterError::TooManyRows { rows: num_tokens, max: MAX_TOKENS - 1 });
+        let max = self.max_tokens();
+        if num_tokens > max {
+            return Err(AiterError::TooManyRows { rows: num_tokens, max });
         }
         for (tensor, view) in [("top-k ids", topk.ids), ("top-k weights", topk.weights)] {
             if !matches!(view.dims(), &[rows, columns] if rows >= num_tokens && columns == self.top_k) {
@@ -262,6 +271,14 @@ impl MoeSorting {
             num_tokens,
             block_m: self.block_m,
         })
+    }
+
+    /// The most tokens whose entries have a number and a position for each of them.
+    fn max_tokens(&self) -> usize {
+        let padding = self.num_local_experts.saturating_mul(self.block_m - 1);
+        let entries = (i32::MAX as usize).saturating_sub(padding);
+        let per_token = self.top_k.min(self.num_local_experts).max(1);
+        (entries / per_token).min(MAX_TOKENS - 1)
     }
 
     /// Checks all ids and counts the tokens of each local expert.

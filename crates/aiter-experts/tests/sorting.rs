@@ -5,7 +5,7 @@ mod common;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
-use aiter_experts::{AiterError, MAX_TOKENS, MoeSorting, SortMemory, SortedTokenId};
+use aiter_experts::{AiterError, MAX_BLOCK_M, MAX_TOKENS, MoeSorting, SortMemory, SortedTokenId};
 use common::fresh_rng;
 use fused_moe_core::{DType, ExpertMask, ExpertPlacement, Rank, TensorView, TopK};
 use rand::Rng;
@@ -146,4 +146,23 @@ fn a_slot_is_one_byte() {
     assert_eq!(error, "top-k 256 does not fit the 8 bits of a slot (at most 255)");
     let id = SortedTokenId::new(MAX_TOKENS - 1, 254);
     assert_eq!((id.token(), id.slot(), id.bits()), (MAX_TOKENS - 1, 254, 0xfeff_ffff));
+}
+
+/// The sizes of such sorts, and the positions in them, overflowed before there was a limit.
+#[test]
+fn sizes_that_overflow_are_refused() {
+    let placement = ExpertPlacement::linear(300, 1).unwrap();
+    let new = |block_m| {
+        MoeSorting::new(&ExpertMask::new(&placement, Rank(0)), 255, NonZeroUsize::new(block_m).unwrap())
+    };
+    assert!(matches!(new(usize::MAX).unwrap_err(), AiterError::BlockSize { block_m: usize::MAX }));
+    let error = new(MAX_BLOCK_M + 1).unwrap_err().to_string();
+    assert_eq!(error, "blocks of 4097 entries are too large to sort into (at most 4096)");
+
+    let sorting = new(MAX_BLOCK_M).unwrap();
+    assert_eq!(sorting.sizes(usize::MAX), sorting.sizes(MAX_TOKENS));
+    // 255 entries for each of 2^24 tokens have no i32.
+    let view = topk(&[], &[], 255);
+    let error = sorting.sort(view, MAX_TOKENS - 1, memory(&sorting, 0).buffers()).unwrap_err().to_string();
+    assert_eq!(error, "16777215 rows were received, at most 8416686 are possible");
 }
