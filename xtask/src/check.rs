@@ -10,6 +10,8 @@ use crate::tidy;
 pub fn check(repo: &Repo) -> Result<()> {
     let mut steps = Steps::new("check");
     steps.command("fmt", repo.cargo().args(["fmt", "--all", "--check"]))?;
+    // A workspace of its own, see `fuzz/Cargo.toml`.
+    steps.command("fmt fuzz", repo.cargo().args(["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"]))?;
     let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
     steps.command("clippy", repo.cargo().args(clippy))?;
     let doc = ["doc", "--quiet", "--no-deps", "--workspace"];

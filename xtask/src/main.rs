@@ -1,9 +1,11 @@
 //! Repository tasks. `cargo xtask check` is what a commit must pass; `cargo xtask --help` lists the rest.
 
 mod check;
+mod fuzz;
 mod matrix;
 mod new_backend;
 mod repo;
+mod sanitizer;
 mod steps;
 mod tidy;
 
@@ -12,6 +14,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::fuzz::Fuzz;
 use crate::matrix::MatrixAction;
 use crate::new_backend::{BackendKind, NewBackend};
 use crate::repo::Repo;
@@ -40,6 +43,20 @@ enum Task {
         #[arg(long)]
         full: bool,
     },
+    /// Fuzzes what reads files, ids and logits from outside; needs a C++ compiler, and no nightly.
+    Fuzz {
+        /// Targets: checkpoint, sorting, routing. All unless given.
+        targets: Vec<String>,
+        /// How long each target runs.
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+        /// Targets that run at the same time.
+        #[arg(long, default_value_t = 2)]
+        jobs: usize,
+        /// Print one JSON object, for `benches/record`.
+        #[arg(long)]
+        json: bool,
+    },
     /// Makes a backend crate that compiles and refuses every configuration.
     NewBackend {
         /// Package name, as in `mori-comm`: lower case, digits, single hyphens, ending in the kind.
@@ -61,6 +78,9 @@ fn main() -> ExitCode {
         Task::Matrix { full: true, .. } => matrix::matrix(&repo, MatrixAction::FullTest),
         Task::Matrix { check: true, .. } => matrix::matrix(&repo, MatrixAction::Compare),
         Task::Matrix { .. } => matrix::matrix(&repo, MatrixAction::Write),
+        Task::Fuzz { targets, seconds, jobs, json } => {
+            fuzz::fuzz(&repo, &Fuzz { targets, seconds, jobs, json })
+        }
         Task::NewBackend { name, kind, path } => {
             new_backend::new_backend(&repo, &NewBackend { name, kind, path })
         }
