@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::process::ExitCode;
 
-use fused_moe::{ActivationFormat, QuantScheme, Registry, Selection};
+use fused_moe::{Activation, ActivationFormat, QuantScheme, Registry, Selection};
 use libtest_mimic::{Arguments, Failed, Trial};
 use moe_conformance::{Case, EP_SIZES, Outcome, SCHEMES, Settings, layer, reference};
 
@@ -17,8 +17,10 @@ use moe_conformance::{Case, EP_SIZES, Outcome, SCHEMES, Settings, layer, referen
 /// (the reference dispatch has one size), and the monolithic pair.
 const FLOOR: usize = 196;
 
-/// Schemes of the daily run; the FNUZ formats join in the full one.
-const DAILY_SCHEMES: usize = 4;
+/// Whether a scheme is in the daily run; the FNUZ formats join in the full one.
+fn is_daily((name, _): &&(&'static str, QuantScheme)) -> bool {
+    !name.ends_with("fnuz")
+}
 
 fn registry() -> Registry {
     fused_moe::default_backends()
@@ -49,12 +51,21 @@ impl Cell {
 
     fn cases(&self, full: bool, settings: Settings) -> Vec<Case> {
         let (quant, ep_size, seed) = (self.scheme.1, self.ep_size, settings.seed);
-        if full { Case::covering(quant, ep_size, seed) } else { Case::covering_ep(quant, ep_size, seed) }
+        let mut cases = match full {
+            true => Case::covering(quant, ep_size, seed),
+            false => Case::covering_ep(quant, ep_size, seed),
+        };
+        // What gpt-oss has, and what fills up tiles; a backend may refuse either.
+        let plain = Case::plain(quant, ep_size, seed);
+        cases.push(Case { activation: Activation::SWIGLU_OAI, expert_bias: true, ..plain.clone() });
+        cases.push(plain.clone().padded());
+        cases.push(plain);
+        cases
     }
 
     /// Format of the plan for this cell, `None` if it does not fit.
     fn format(&self, registry: &Registry, settings: Settings) -> Option<ActivationFormat> {
-        let config = Case::small(self.scheme.1, self.ep_size, settings.seed).config();
+        let config = Case::plain(self.scheme.1, self.ep_size, settings.seed).config();
         let survey = registry.survey(&config, self.selection()).ok()?;
         survey.fitting.first().map(|plan| plan.format())
     }
@@ -85,11 +96,11 @@ fn main() -> ExitCode {
     let settings = Settings::default();
     let registry = registry();
 
-    let schemes = if full { &SCHEMES[..] } else { &SCHEMES[..DAILY_SCHEMES] };
+    let schemes: Vec<_> = SCHEMES.iter().filter(|scheme| full || is_daily(scheme)).collect();
     let mut cells = Vec::new();
     for comm in registry.comm_names() {
         for experts in registry.experts_names() {
-            for &scheme in schemes {
+            for &&scheme in &schemes {
                 cells.extend(EP_SIZES.map(|ep_size| Cell { comm, experts, scheme, ep_size }));
             }
         }
