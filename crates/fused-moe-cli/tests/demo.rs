@@ -139,7 +139,7 @@ fn the_matrix_has_every_backend_in_three_forms() {
     let cells = cells.as_array().unwrap();
     let pairs =
         |cell: &Value| cell["fitting"].as_array().unwrap().len() + cell["rejected"].as_array().unwrap().len();
-    assert!(cells.len() >= 12 && cells.iter().all(|cell| pairs(cell) >= 5), "{cells:?}");
+    assert!(cells.len() >= 12 && cells.iter().all(|cell| pairs(cell) >= 2), "{cells:?}");
     fmoe(["matrix", "--json", "--markdown"]).failed(2, &["--json"]);
 }
 
