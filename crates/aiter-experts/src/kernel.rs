@@ -2,7 +2,7 @@
 
 use fused_moe_core::{
     Arrived, Dispatched, ExecCx, ExpertMask, ExpertWeights, ExpertsCaps, ExpertsModular, MoeConfig, Plan,
-    Rank, Result, TensorViewMut, WireFormat,
+    Rank, Result, RouterWeight, TensorViewMut, WireFormat,
 };
 use grouped_gemm::experts::ExpertsError;
 use grouped_gemm::experts::{
@@ -43,6 +43,8 @@ pub(crate) struct AiterKernel {
     caps: ExpertsCaps,
     epilogue: Epilogue,
     wire: WireFormat,
+    /// AITER's `doweight_stage1`: the routing weight multiplies what gemm1 gives and not what gemm2 gives.
+    weight_stage1: bool,
     layout: WeightLayout,
     sizes: Sizes,
     sorting: MoeSorting,
@@ -61,6 +63,8 @@ struct Work<'a> {
 struct Between<'a> {
     activated: &'a mut [bf16],
     codes: Codes<'a>,
+    /// By which the second quantisation divides, if the scheme says so.
+    input_scale: f32,
     scratch: &'a mut [u8],
 }
 
@@ -82,7 +86,8 @@ impl AiterKernel {
         let sizes = sizes(config, plan, &executor)?;
         let (wire, isa) = (plan.wire(), executor.isa());
         tracing::debug!(%layout, %wire, %isa, workspace_bytes = sizes.bytes(), "built experts");
-        Ok(Self { caps, epilogue: supported.epilogue, wire, layout, sizes, sorting, executor })
+        let weight_stage1 = plan.router_weight() == RouterWeight::OnInputByExperts;
+        Ok(Self { caps, epilogue: supported.epilogue, wire, weight_stage1, layout, sizes, sorting, executor })
     }
 
     fn run(
@@ -92,7 +97,8 @@ impl AiterKernel {
         input: &Dispatched<'_>,
         out: TensorViewMut<'_>,
     ) -> Result<(), AiterError> {
-        let gemms = PackedExperts::of(weights, NAME, &self.layout)?;
+        let packed = PackedExperts::of(weights, NAME, &self.layout)?;
+        let input_scales = packed.input_scales();
         let Arrived::Standard { topk, rows } = input.arrived else {
             let (tensor, wanted) = ("the received batch", "[rows, hidden] with top-k".into());
             let found = "one batch per expert".into();
@@ -105,7 +111,7 @@ impl AiterKernel {
         let out = PitchedMut::new("the output", out, [rows, hidden])?;
         let pieces = self.sizes.carve(&mut cx.workspace.reborrow())?;
         let sorted = self.sorting.sort(topk, rows, pieces.sort)?;
-        let x = self.activations(input, rows, pieces.input)?;
+        let x = self.activations(input, rows, input_scales[0], pieces.input)?;
 
         for (row, id) in pieces.gather.iter_mut().zip(sorted.token_ids) {
             *row = id.token() as u32;
@@ -115,12 +121,15 @@ impl AiterKernel {
         let between = Between {
             activated: pieces.activated,
             codes: pieces.activated_codes,
+            input_scale: input_scales[1],
             scratch: pieces.gemm_scratch,
         };
         if !work.groups.is_empty() {
-            match gemms {
-                PackedGemms::Bf16(gemms) => self.multiply(gemms, x, work, between, pieces.products)?,
-                PackedGemms::Fp8(gemms) => self.multiply(gemms, x, work, between, pieces.products)?,
+            let products = &mut *pieces.products;
+            match packed.gemms() {
+                PackedGemms::Bf16(gemms) => self.multiply(gemms, x, work, between, products)?,
+                PackedGemms::Fp8(gemms) => self.multiply(gemms, x, work, between, products)?,
+                PackedGemms::Fp4(gemms) => self.multiply(gemms, x, work, between, products)?,
             }
         }
         sum_slots(&sorted, Pitched::dense(pieces.products, hidden), out);
@@ -132,6 +141,7 @@ impl AiterKernel {
         &self,
         input: &Dispatched<'a>,
         rows: usize,
+        input_scale: f32,
         codes: Codes<'a>,
     ) -> Result<Activations<'a>, ExpertsError> {
         const HIDDEN: &str = "the received tensor";
@@ -153,10 +163,7 @@ impl AiterKernel {
             }
             (scheme, _) => {
                 let hidden = Pitched::new(HIDDEN, input.hidden, [rows, columns])?;
-                match scheme {
-                    Scheme::Bf16 => Ok(Activations::Bf16(hidden.for_gemm())),
-                    Scheme::Fp8(fp8) => Ok(fp8.quantize(hidden, codes)?),
-                }
+                scheme.activations(hidden, input_scale, codes)
             }
         }
     }
@@ -171,14 +178,15 @@ impl AiterKernel {
         products: &mut [f32],
     ) -> Result<(), AiterError> {
         let WeightLayout { scheme, hidden, intermediate, .. } = self.layout;
-        let Between { activated, codes, scratch } = between;
+        let Between { activated, codes, input_scale, scratch } = between;
+        let weights = Some(work.sorted.weights);
         let activated = &mut activated[..work.sorted.token_ids.len() * intermediate];
         let gemm1 = GroupedGemm {
             weights: &gemms.w13,
             activations: x,
             gather: Some(work.gather),
             groups: work.groups,
-            router_weights: None,
+            router_weights: weights.filter(|_| self.weight_stage1),
             epilogue: self.epilogue,
         };
         // The rounding to bf16 before the second quantisation is part of the contract.
@@ -186,13 +194,10 @@ impl AiterKernel {
         let activated = Pitched::dense(&*activated, intermediate);
         let gemm2 = GroupedGemm {
             weights: &gemms.w2,
-            activations: match scheme {
-                Scheme::Bf16 => Activations::Bf16(activated.for_gemm()),
-                Scheme::Fp8(fp8) => fp8.quantize(activated, codes)?,
-            },
+            activations: scheme.activations(activated, input_scale, codes)?,
             gather: None,
             groups: work.groups,
-            router_weights: Some(work.sorted.weights),
+            router_weights: weights.filter(|_| !self.weight_stage1),
             epilogue: Epilogue::Products,
         };
         Ok(self.executor.run(&gemm2, scratch, &F32Rows::new(products, hidden, hidden)?)?)

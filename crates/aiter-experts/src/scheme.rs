@@ -33,5 +33,7 @@ fn own_limits(config: &MoeConfig) -> Vec<Unsupported> {
 
 /// The capabilities under a configuration that is supported.
 pub(crate) fn caps(config: &MoeConfig) -> ExpertsCaps {
-    ExpertsCaps::host(NAME, accepted_wires(config))
+    let mut caps = ExpertsCaps::host(NAME, accepted_wires(config));
+    caps.weight_on_input = true;
+    caps
 }

@@ -14,9 +14,9 @@ pub(crate) struct Sizes {
     pub(crate) rows: usize,
     pub(crate) hidden: usize,
     pub(crate) intermediate: usize,
-    /// FP8 codes and scales of received rows, zero where they are not needed.
+    /// Codes and scales of received rows, zero where they are not needed.
     pub(crate) input: CodeSizes,
-    /// FP8 codes and scales of the activation's output.
+    /// Codes and scales of the activation's output.
     pub(crate) activated: CodeSizes,
     pub(crate) gemm_scratch: usize,
 }

@@ -3,4 +3,4 @@
 use aiter_experts::AiterExperts;
 use moe_conformance::conformance_experts;
 
-conformance_experts!(AiterExperts::default(), floor: 56);
+conformance_experts!(AiterExperts::default(), floor: 111);

@@ -51,7 +51,7 @@ fn capabilities_say_the_contract(
         _ => vec![quant.quantized_wire(DType::Bf16), unquantized],
     };
     assert_eq!((caps.name, caps.format, caps.accepts), ("aiter", ActivationFormat::Standard, wires));
-    assert!(caps.weight_and_reduce.is_no_op() && !caps.weight_on_input);
+    assert!(caps.weight_and_reduce.is_no_op() && caps.weight_on_input);
     let built = build(&AiterExperts::new(), &config, &plan(&config, 4, Arrival::Bf16), Rank(0));
     assert_eq!(built.caps().name, "aiter");
 }
@@ -76,18 +76,20 @@ fn foreign_plans_and_contradictions_are_not_built() {
     assert_eq!(cause(build(&empty, &block)), wanted);
 }
 
-/// Weights on the input are the business of the prepare side; the weights that arrive are 1.
+/// Whoever can do it earlier weights the input: a dispatch that can, else the experts (AITER's `doweight_stage1`).
 #[test]
-fn weights_on_the_input_are_left_to_prepare() {
+fn the_input_is_weighted_by_dispatch_or_by_the_experts() {
     let shape = Shape { top_k: 1, ..RAGGED };
     let config = MoeConfig { apply_router_weight_on_input: true, ..on_one_rank(Unquantized, shape) };
     let Support::Supported(caps) = AiterExperts::new().supports(&config) else { panic!("refused") };
     let wires = vec![WireFormat::unquantized(DType::Bf16)];
     let mut comm = PrepareCaps::host("test", KernelKind::Modular, wires, 4);
-    assert_eq!(negotiate(&config, &comm, &caps).unwrap_err().len(), 1);
-    comm.weight_on_input = true;
-    let plan = negotiate(&config, &comm, &caps).unwrap();
-    assert!(AiterExperts::new().build(&config, &plan, Rank(0)).is_ok());
+    for (early, wanted) in [(false, RouterWeight::OnInputByExperts), (true, RouterWeight::OnInputByPrepare)] {
+        comm.weight_on_input = early;
+        let plan = negotiate(&config, &comm, &caps).unwrap();
+        assert_eq!(plan.router_weight(), wanted);
+        assert!(AiterExperts::new().build(&config, &plan, Rank(0)).is_ok());
+    }
 }
 
 #[rstest]

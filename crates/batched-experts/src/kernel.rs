@@ -55,6 +55,8 @@ struct Input<'a> {
 struct Between<'a> {
     activated: &'a mut [bf16],
     codes: Codes<'a>,
+    /// By which the second quantisation divides, if the scheme says so.
+    input_scale: f32,
     scratch: &'a mut [u8],
 }
 
@@ -91,7 +93,8 @@ impl BatchedKernel {
         input: &Dispatched<'_>,
         mut out: TensorViewMut<'_>,
     ) -> Result<(), BatchedError> {
-        let gemms = PackedExperts::of(weights, NAME, &self.layout)?;
+        let packed = PackedExperts::of(weights, NAME, &self.layout)?;
+        let input_scales = packed.input_scales();
         let Arrived::Batched { tokens } = input.arrived else {
             let (tensor, wanted) = ("the received batch", "one batch per expert".into());
             let found = "[rows, hidden] with top-k".into();
@@ -114,18 +117,20 @@ impl BatchedKernel {
         let entries = dense.last().map_or(0, |group| group.rows.end);
         let row_of_entry = &pieces.row_of_entry[..entries];
         let work = Work { entry_of_row: pieces.entry_of_row, dense, batched };
-        let x = self.input(input, row_of_entry, pieces.input)?;
+        let x = self.input(input, row_of_entry, input_scales[0], pieces.input)?;
         if entries == 0 {
             return Ok(());
         }
         let between = Between {
             activated: &mut pieces.activated[..entries * self.layout.intermediate],
             codes: pieces.activated_codes,
+            input_scale: input_scales[1],
             scratch: pieces.gemm_scratch,
         };
-        match gemms {
+        match packed.gemms() {
             PackedGemms::Bf16(gemms) => self.multiply(gemms, x, work, between, out),
             PackedGemms::Fp8(gemms) => self.multiply(gemms, x, work, between, out),
+            PackedGemms::Fp4(gemms) => self.multiply(gemms, x, work, between, out),
         }
     }
 
@@ -180,6 +185,7 @@ impl BatchedKernel {
         &self,
         input: &Dispatched<'a>,
         row_of_entry: &'a [u32],
+        input_scale: f32,
         codes: Codes<'a>,
     ) -> Result<Input<'a>, ExpertsError> {
         const SCALES: &str = "the received scale tensor";
@@ -202,20 +208,20 @@ impl BatchedKernel {
                     scale: match fp8.scaling {
                         Scaling::Block => ActivationScale::Group128(scales.for_gemm()),
                         // A scale per tensor came once per row, because every source rank has its own.
-                        Scaling::Token | Scaling::Tensor => ActivationScale::PerToken(scales.values),
+                        Scaling::Token | Scaling::Tensor | Scaling::Static => {
+                            ActivationScale::PerToken(scales.values)
+                        }
                     },
                 };
                 Ok(Input { activations, gather })
             }
             (scheme, _) => {
                 let rows = Pitched::dense(input.hidden.as_slice::<bf16>()?, columns);
-                Ok(match scheme {
-                    Scheme::Bf16 => Input { activations: Activations::Bf16(rows.for_gemm()), gather },
-                    Scheme::Fp8(fp8) => {
-                        let activations = fp8.quantize_gathered(rows, row_of_entry, codes)?;
-                        Input { activations, gather: None }
-                    }
-                })
+                if scheme.reads_bf16() {
+                    return Ok(Input { activations: Activations::Bf16(rows.for_gemm()), gather });
+                }
+                let activations = scheme.quantize_gathered((rows, row_of_entry), input_scale, codes)?;
+                Ok(Input { activations, gather: None })
             }
         }
     }
@@ -230,7 +236,7 @@ impl BatchedKernel {
         out: &mut [bf16],
     ) -> Result<(), BatchedError> {
         let WeightLayout { scheme, hidden, intermediate, .. } = self.layout;
-        let Between { activated, codes, scratch } = between;
+        let Between { activated, codes, input_scale, scratch } = between;
         let gemm1 = GroupedGemm {
             weights: &gemms.w13,
             activations: x.activations,
@@ -244,10 +250,7 @@ impl BatchedKernel {
         let activated = Pitched::dense(&*activated, intermediate);
         let gemm2 = GroupedGemm {
             weights: &gemms.w2,
-            activations: match scheme {
-                Scheme::Bf16 => Activations::Bf16(activated.for_gemm()),
-                Scheme::Fp8(fp8) => fp8.quantize(activated, codes)?,
-            },
+            activations: scheme.activations(activated, input_scale, codes)?,
             gather: Some(work.entry_of_row),
             groups: work.batched,
             router_weights: None,

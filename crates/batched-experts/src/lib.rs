@@ -1,16 +1,17 @@
 //! Stage 3 of the pipeline: host experts on the batched format, `[local_experts, max_rows, hidden]`.
 //!
 //! Rows arrive sorted: those of local expert `e` are the first `tokens_per_expert[e]` rows of its batch, and there is
-//! one row for every (token, slot) pair. The experts multiply with gate and up, form `silu(gate) · up`, round it to
-//! bf16, multiply with down, and write each result to the row it came from. Rows behind an expert's count are neither
-//! read nor written.
+//! one row for every (token, slot) pair. The experts multiply with gate and up, form the activation, round it to bf16,
+//! multiply with down, and write each result to the row it came from. Rows behind an expert's count are neither read
+//! nor written.
 //!
 //! Nothing is weighted or summed here: that is delegated to the combine, which knows the routing weights.
 //!
-//! FP8 weights stay one byte each. Their activations are quantised at two points by the same scheme: before gemm1
-//! (by dispatch, or here if rows arrive in bf16) and, after the rounding to bf16, before gemm2. A row of the result
-//! has the same bits whatever other rows, experts and threads take part, except with a scale per tensor, which is that
-//! of all valid rows of the call.
+//! FP8 weights stay one byte each, FP4 weights half a byte. Activations are quantised at two points by the same
+//! scheme: before gemm1 (by dispatch where FP8 travels, else here) and, after the rounding to bf16, before gemm2. A
+//! row of the result has the same bits whatever other rows, experts and threads take part, except with a dynamic scale
+//! per tensor, which is that of all valid rows of the call. Biases are added to the scaled sums of their matrix;
+//! padding is packed as zeros, so its outputs are zeros.
 //!
 //! ```
 //! use batched_experts::BatchedExperts;
@@ -56,8 +57,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! What it does not do: static scales, activations other than SiLU, biases, the routing weight on the input (a
-//! prepare/finalize backend may do it). It never moves tokens between ranks.
+//! What it does not do: the routing weight on the input, since rows carry none (a prepare/finalize backend may do it).
+//! It never moves tokens between ranks.
 
 mod error;
 mod scheme;

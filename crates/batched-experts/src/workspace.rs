@@ -15,9 +15,9 @@ pub(crate) struct Sizes {
     /// Valid rows of all batches.
     pub(crate) entries: usize,
     intermediate: usize,
-    /// FP8 codes and scales of rows that arrive in bf16, zero where they are not needed.
+    /// Codes and scales of rows that arrive in bf16, zero where they are not needed.
     input: CodeSizes,
-    /// FP8 codes and scales of the activation's output.
+    /// Codes and scales of the activation's output.
     activated: CodeSizes,
     gemm_scratch: usize,
 }

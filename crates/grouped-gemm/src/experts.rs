@@ -12,6 +12,8 @@
 //! ```
 
 mod error;
+mod layout;
+mod matrix;
 mod quantize;
 mod rows;
 mod scheme;
@@ -23,7 +25,8 @@ pub use error::ExpertsError;
 pub use scheme::{Fp8Scheme, Scaling, Scheme, epilogue};
 pub use support::{Supported, accepted_wires, check_plan};
 
-pub use weights::{Gemms, PackedExperts, PackedGemms, WeightLayout};
+pub use layout::WeightLayout;
+pub use weights::{Gemms, PackedExperts, PackedGemms};
 
 pub use quantize::{Codes, rows_per_task};
 pub use rows::{Pitched, PitchedMut};

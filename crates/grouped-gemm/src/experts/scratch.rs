@@ -3,6 +3,7 @@
 use std::mem::MaybeUninit;
 
 use fused_moe_core::{Arena, ViewError};
+use half::bf16;
 
 use super::quantize::Codes;
 use super::scheme::{Fp8Scheme, Scheme};
@@ -15,25 +16,30 @@ pub struct CodeSizes {
     pub codes: usize,
     /// Scales.
     pub scales: usize,
+    /// Values of NVFP4 codes.
+    pub values: usize,
 }
 
 impl CodeSizes {
     /// For `rows` rows of `columns` elements that are quantised in the call; none where nothing is.
     pub fn of(scheme: Scheme, [rows, columns]: [usize; 2]) -> Self {
         match scheme {
-            Scheme::Bf16 => Self::default(),
+            Scheme::Bf16 | Scheme::Mxfp4 => Self::default(),
+            Scheme::Nvfp4 => Self { values: rows * columns, ..Self::default() },
             Scheme::Fp8(fp8) => Self { codes: rows * columns, ..Self::scales_of(fp8, [rows, columns]) },
         }
     }
 
     /// For rows that arrive quantised: only their scales are kept, where they must be gathered.
     pub fn scales_of(fp8: Fp8Scheme, [rows, columns]: [usize; 2]) -> Self {
-        Self { codes: 0, scales: rows * fp8.scaling.scales_per_row(columns) }
+        Self { scales: rows * fp8.scaling.scales_per_row(columns), ..Self::default() }
     }
 
     /// Bytes that [`CodeSizes::take`] takes.
     pub fn bytes(&self) -> usize {
-        Arena::bytes_for::<u8>(self.codes) + Arena::bytes_for::<f32>(self.scales)
+        Arena::bytes_for::<u8>(self.codes)
+            + Arena::bytes_for::<f32>(self.scales)
+            + Arena::bytes_for::<bf16>(self.values)
     }
 
     /// Takes the room from a workspace.
@@ -41,7 +47,8 @@ impl CodeSizes {
     /// # Errors
     /// [`ViewError::OutOfBounds`] if less is left.
     pub fn take<'a>(&self, arena: &mut Arena<'a>) -> Result<Codes<'a>, ViewError> {
-        Ok(Codes { codes: arena.take(self.codes)?, scales: arena.take(self.scales)? })
+        let Self { codes, scales, values } = *self;
+        Ok(Codes { codes: arena.take(codes)?, scales: arena.take(scales)?, values: arena.take(values)? })
     }
 }
 

@@ -1,7 +1,7 @@
 //! Which configurations host experts run, and which plans a built one accepts.
 
 use fused_moe_core::{
-    Axis, DType, DeviceKind, ExpertsCaps, MoeConfig, Padding, Plan, RouterWeight, Unsupported, WireFormat,
+    Axis, DType, DeviceKind, ExpertsCaps, MoeConfig, Plan, RouterWeight, Unsupported, WireFormat,
 };
 
 use super::{ExpertsError, Scheme, epilogue};
@@ -33,18 +33,23 @@ impl Supported {
         }
         let epilogue = epilogue(config.activation);
         if epilogue.is_none() {
-            no(Axis::Activation, "silu", config.activation.name().into());
+            no(
+                Axis::Activation,
+                "silu, gelu, gelu-tanh, swiglu-oai or silu-clamped",
+                config.activation.name().into(),
+            );
         }
         let scheme = Scheme::of(config.quant);
         if scheme.is_none() {
-            let wanted = "none, fp8-block, fp8-ptpc or dynamic fp8-per-tensor in e4m3fn or e4m3fnuz";
+            let wanted = "none, fp8-block, fp8-ptpc, fp8-per-tensor (static or dynamic), mxfp4 or nvfp4";
             no(Axis::Quant, wanted, config.quant.to_string());
         }
-        if config.expert_bias {
-            no(Axis::Weights, "experts without biases", "biases".into());
-        }
-        if config.padding != Padding::default() {
-            no(Axis::Shape, "no padding", format!("{:?}", config.padding));
+        let group = scheme.map_or(1, Scheme::group);
+        for (name, size) in [("hidden", config.hidden), ("intermediate", config.intermediate)] {
+            if !size.is_multiple_of(group) {
+                let wanted = format!("{name} in whole groups of {group} ({})", config.quant);
+                no(Axis::Shape, &wanted, size.to_string());
+            }
         }
         why.extend(own);
         match (scheme, epilogue) {
@@ -97,7 +102,7 @@ pub fn check_plan(plan: &Plan, caps: &ExpertsCaps) -> Result<(), ExpertsError> {
         let (wanted, found) = (caps.weight_and_reduce.name(), plan.weight_and_reduce().name());
         return refused("weights and reduces by", wanted, found.into());
     }
-    if plan.router_weight() == RouterWeight::OnInputByExperts {
+    if plan.router_weight() == RouterWeight::OnInputByExperts && !caps.weight_on_input {
         return refused("applies the routing weight", "elsewhere", "in the experts, on the input".into());
     }
     if !caps.accepts.contains(&plan.wire()) {
