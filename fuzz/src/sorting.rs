@@ -2,7 +2,9 @@
 
 use std::num::NonZeroUsize;
 
-use aiter_experts::{AiterError, MAX_BLOCK_M, MAX_TOP_K, MoeSorting, SortMemory, SortedTokenId};
+use aiter_experts::{
+    AiterError, MAX_BLOCK_M, MAX_TOP_K, MoeSorting, SortMemory, SortPolicy, SortedTokenId,
+};
 use arbitrary::{Result, Unstructured};
 use fused_moe_core::{DType, ExpertMask, ExpertPlacement, NO_EXPERT, Rank, TensorView, TopK};
 
@@ -27,6 +29,7 @@ struct Case {
     weights: Vec<f32>,
     /// Whether the lent memory is one token too short.
     short: bool,
+    policy: SortPolicy,
 }
 
 impl Case {
@@ -56,13 +59,14 @@ impl Case {
             ids.push(if !far && row.contains(&id) { NO_EXPERT } else { id });
         }
         let weights = (0..ids.len()).map(|slot| slot as f32 + 0.5).collect();
-        Ok(Self { owners, top_k, block_m, num_tokens, ids, weights, short })
+        let policy = *u.choose(&SortPolicy::ALL)?;
+        Ok(Self { owners, top_k, block_m, num_tokens, ids, weights, short, policy })
     }
 
     fn run(&self) {
         let placement = ExpertPlacement::from_owners(&self.owners, 2).expect("two ranks, owners 0 and 1");
         let sorting = match MoeSorting::new(&ExpertMask::new(&placement, Rank(0)), self.top_k, self.block_m) {
-            Ok(sorting) => sorting,
+            Ok(sorting) => sorting.with_policy(self.policy),
             Err(AiterError::TopK { top_k }) => return assert!(top_k > MAX_TOP_K),
             Err(AiterError::BlockSize { block_m }) => return assert!(block_m > MAX_BLOCK_M),
             Err(error) => panic!("{error}"),

@@ -12,7 +12,7 @@ use grouped_gemm::experts::{
 use grouped_gemm::{Activations, Bf16Rows, Epilogue, Executor, F32Rows, Group, GroupedGemm, PackedWeight};
 use half::bf16;
 
-use crate::moe_sorting::{MAX_TOKENS, MoeSorting, SortedTokens};
+use crate::moe_sorting::{MAX_TOKENS, MoeSorting, SortPolicy, SortedTokens};
 use crate::reduce::sum_slots;
 use crate::scheme::{caps, supported};
 use crate::workspace::Sizes;
@@ -73,7 +73,7 @@ impl AiterKernel {
         config: &MoeConfig,
         plan: &Plan,
         rank: Rank,
-        executor: Executor,
+        (executor, sort_policy): (Executor, SortPolicy),
     ) -> Result<Self, AiterError> {
         let supported = supported(config)?;
         let caps = caps(config);
@@ -82,10 +82,11 @@ impl AiterKernel {
             return Err(AiterError::TooManyRows { rows: plan.max_rows(), max: MAX_TOKENS - 1 });
         }
         let layout = WeightLayout::new(supported.scheme, config, rank);
-        let sorting = MoeSorting::new(&ExpertMask::new(&config.placement, rank), config.top_k, BLOCK_M)?;
+        let sorting = MoeSorting::new(&ExpertMask::new(&config.placement, rank), config.top_k, BLOCK_M)?
+            .with_policy(sort_policy);
         let sizes = sizes(config, plan, &executor)?;
         let (wire, isa) = (plan.wire(), executor.isa());
-        tracing::debug!(%layout, %wire, %isa, workspace_bytes = sizes.bytes(), "built experts");
+        tracing::debug!(%layout, %wire, %isa, %sort_policy, workspace_bytes = sizes.bytes(), "built experts");
         let weight_stage1 = plan.router_weight() == RouterWeight::OnInputByExperts;
         Ok(Self { caps, epilogue: supported.epilogue, wire, weight_stage1, layout, sizes, sorting, executor })
     }

@@ -1,12 +1,12 @@
 //! Stage 3 of the pipeline: host experts with the contract of AITER's `fused_moe`.
 //!
 //! Rows arrive with the global ids of all their experts. The experts sort (token, slot) pairs by local expert
-//! ([`MoeSorting`]), multiply with gate and up, form `silu(gate) · up`, round it to bf16, multiply with down, and
-//! return one row per received row: weighted, and summed over those of its experts that this rank holds. A combine
-//! only adds up the rows of the ranks.
+//! ([`MoeSorting`], under a [`SortPolicy`]), multiply with gate and up, form the activation, round it to bf16, multiply
+//! with down, and return one row per received row: weighted, and summed over those of its experts that this rank
+//! holds. A combine only adds up the rows of the ranks.
 //!
-//! FP8 weights stay one byte each. Their activations are quantised at two points by the same scheme: before gemm1
-//! (by dispatch, or here if rows arrive in bf16) and, after the rounding to bf16, before gemm2.
+//! FP8 weights stay one byte each, FP4 weights half a byte. Activations are quantised at two points by the same
+//! scheme: before gemm1 (by dispatch where FP8 travels, else here) and, after the rounding to bf16, before gemm2.
 //!
 //! | scheme | weight scale | activation scales before gemm1 | before gemm2 |
 //! |---|---|---|---|
@@ -14,6 +14,13 @@
 //! | fp8-block | 128x128 | 1x128 of a row | 1x128 of a (token, slot) |
 //! | fp8-ptpc | output channel | a row | a (token, slot) |
 //! | fp8-per-tensor | matrix | the rows of a source rank, or of the call | all local (token, slot) pairs of the call |
+//! | fp8-per-tensor-static | matrix | that of the layer | that of the layer |
+//! | mxfp4 | 1x32 | (bf16) | (bf16) |
+//! | nvfp4 | 1x16 and matrix | 1x16 of a row, and that of the layer | 1x16 of a (token, slot), and that of the layer |
+//!
+//! Activations of the core's [`Activation`](fused_moe_core::Activation) are all there. A bias is added to the scaled
+//! sums of its matrix. With the routing weight on the input (AITER's `doweight_stage1`, top-1) it multiplies the sums
+//! of gemm1 before their bias, and gemm2's are not weighted. Padding is packed as zeros, so its outputs are zeros.
 //!
 //! Sums are f32. The sum over experts is taken in slot order and rounded to bf16 once, so results are the same bits
 //! from run to run and for any number of threads, and (without a scale per tensor) a row does not depend on the
@@ -67,9 +74,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! What it does not do yet: static scales, MXFP4, activations other than SiLU, biases, the routing weight on the
-//! input inside the experts (a prepare/finalize backend may do it), more than one way to sort. It never moves tokens
-//! between ranks.
+//! What it does not do: MXFP8 activations, integer weights, gates without a partner. It never moves tokens between
+//! ranks. It runs on the CPU: nothing here was run on an AMD GPU.
 
 mod error;
 mod scheme;
@@ -83,8 +89,8 @@ mod provider;
 
 pub use error::AiterError;
 pub use moe_sorting::{
-    MAX_BLOCK_M, MAX_TOKENS, MAX_TOP_K, MoeSorting, SortBuffers, SortMemory, SortSizes, SortedTokenId,
-    SortedTokens,
+    MAX_BLOCK_M, MAX_TOKENS, MAX_TOP_K, MoeSorting, SortBatch, SortBuffers, SortMemory, SortPolicy,
+    SortSizes, SortedTokenId, SortedTokens, UnknownSortPolicy,
 };
 pub use provider::AiterExperts;
 

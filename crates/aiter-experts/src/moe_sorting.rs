@@ -1,12 +1,20 @@
 //! Sorting (token, slot) pairs by local expert: AITER's `moe_sorting`.
 
+mod buffers;
+mod multi_phase;
+mod policy;
+mod single_pass;
+
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
-use fused_moe_core::{ExpertMap, ExpertMask, LocalExpertId, NO_EXPERT, TopK};
+use fused_moe_core::{ExpertMap, ExpertMask, LocalExpertId, NO_EXPERT, TensorView, TopK};
 use grouped_gemm::experts::ExpertsError;
 
 use crate::AiterError;
+
+pub use buffers::{SortBuffers, SortMemory, SortSizes};
+pub use policy::{SortBatch, SortPolicy, UnknownSortPolicy};
 
 /// Bits of a token in a [`SortedTokenId`].
 const TOKEN_BITS: u32 = 24;
@@ -17,6 +25,9 @@ pub const MAX_TOP_K: usize = u8::MAX as usize;
 /// Largest block. AITER's are 256 at most; the limit keeps the padding of thousands of experts inside the i32s that
 /// positions are.
 pub const MAX_BLOCK_M: usize = 1 << 12;
+
+/// Most chunks of tokens that are counted on their own.
+const MAX_CHUNKS: usize = 64;
 
 /// One entry of the sorted order, `slot << 24 | token`.
 ///
@@ -48,68 +59,6 @@ impl SortedTokenId {
     }
 }
 
-/// Lengths of the buffers of a sort.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SortSizes {
-    /// Entries in sorted order, padding included: [`SortBuffers::token_ids`] and [`SortBuffers::weights`].
-    pub entries: usize,
-    /// Blocks of `block_m` entries: [`SortBuffers::expert_ids`].
-    pub blocks: usize,
-    /// (token, slot) pairs: [`SortBuffers::positions`].
-    pub slots: usize,
-    /// Local experts: [`SortBuffers::cursors`].
-    pub experts: usize,
-}
-
-/// Lent memory for a sort, at least as long as [`SortSizes`] says. What was in it does not matter.
-#[derive(Debug)]
-pub struct SortBuffers<'a> {
-    /// See [`SortedTokens::token_ids`].
-    pub token_ids: &'a mut [SortedTokenId],
-    /// See [`SortedTokens::weights`].
-    pub weights: &'a mut [f32],
-    /// See [`SortedTokens::expert_ids`].
-    pub expert_ids: &'a mut [i32],
-    /// See [`SortedTokens::positions`].
-    pub positions: &'a mut [i32],
-    /// Where the next token of each local expert goes. Means nothing afterwards.
-    pub cursors: &'a mut [i32],
-}
-
-/// Owned memory for sorts outside a kernel, which lends its workspace.
-#[derive(Debug)]
-pub struct SortMemory {
-    token_ids: Vec<SortedTokenId>,
-    weights: Vec<f32>,
-    expert_ids: Vec<i32>,
-    positions: Vec<i32>,
-    cursors: Vec<i32>,
-}
-
-impl SortMemory {
-    /// Allocates buffers of these lengths.
-    pub fn new(sizes: SortSizes) -> Self {
-        Self {
-            token_ids: vec![SortedTokenId(0); sizes.entries],
-            weights: vec![0.0; sizes.entries],
-            expert_ids: vec![0; sizes.blocks],
-            positions: vec![0; sizes.slots],
-            cursors: vec![0; sizes.experts],
-        }
-    }
-
-    /// Lends them to a sort.
-    pub fn buffers(&mut self) -> SortBuffers<'_> {
-        SortBuffers {
-            token_ids: &mut self.token_ids,
-            weights: &mut self.weights,
-            expert_ids: &mut self.expert_ids,
-            positions: &mut self.positions,
-            cursors: &mut self.cursors,
-        }
-    }
-}
-
 /// (token, slot) pairs in the order of their local experts, and of their tokens within an expert.
 ///
 /// Every expert that has tokens starts at a multiple of `block_m` and is padded to one; experts without tokens
@@ -124,12 +73,17 @@ pub struct SortedTokens<'a> {
     pub expert_ids: &'a [i32],
     /// `[num_tokens, top_k]`, the entry of each slot; -1 for slots without a local expert.
     pub positions: &'a [i32],
-    /// Tokens that were sorted. Together with the number of entries this is AITER's `num_valid_ids`.
+    /// Tokens that were sorted.
     pub num_tokens: usize,
     block_m: usize,
 }
 
 impl<'a> SortedTokens<'a> {
+    /// AITER's `num_valid_ids`: entries, padding included, and tokens.
+    pub fn num_valid_ids(&self) -> [i32; 2] {
+        [self.token_ids.len() as i32, self.num_tokens as i32]
+    }
+
     /// Each local expert that has tokens, ascending, with the entries of its tokens (without padding).
     pub fn experts(&self) -> impl Iterator<Item = (LocalExpertId, Range<usize>)> + 'a {
         let (token_ids, block_m, padding) = (self.token_ids, self.block_m, self.num_tokens);
@@ -146,6 +100,9 @@ impl<'a> SortedTokens<'a> {
 }
 
 /// Sorts the received tokens of one rank. What is fixed when a kernel is built.
+///
+/// The number of tokens is what AITER calls `num_local_tokens`: the rows that were received, which may be fewer than
+/// the tensors have.
 ///
 /// ```
 /// use aiter_experts::{MoeSorting, SortMemory};
@@ -172,6 +129,7 @@ pub struct MoeSorting {
     num_local_experts: usize,
     top_k: usize,
     block_m: usize,
+    policy: SortPolicy,
 }
 
 impl MoeSorting {
@@ -188,7 +146,15 @@ impl MoeSorting {
             return Err(AiterError::BlockSize { block_m: block_m.get() });
         }
         let num_local_experts = mask.as_slice().iter().filter(|&&held| held != 0).count();
-        Ok(Self { experts: mask.to_map(), num_local_experts, top_k, block_m: block_m.get() })
+        let (experts, block_m, policy) = (mask.to_map(), block_m.get(), SortPolicy::default());
+        Ok(Self { experts, num_local_experts, top_k, block_m, policy })
+    }
+
+    /// The same under another policy than auto. The results are the same.
+    #[must_use]
+    pub fn with_policy(mut self, policy: SortPolicy) -> Self {
+        self.policy = policy;
+        self
     }
 
     /// Buffers that are long enough for every choice of experts by `num_tokens` tokens.
@@ -206,6 +172,8 @@ impl MoeSorting {
             blocks,
             slots: num_tokens * self.top_k,
             experts: self.num_local_experts,
+            // Two for each expert in one pass, one for each expert and chunk in several.
+            cursors: self.num_local_experts * multi_phase::chunks(num_tokens).max(2),
         }
     }
 
@@ -213,7 +181,9 @@ impl MoeSorting {
     /// that hold -1 or an expert of another rank are skipped.
     ///
     /// # Errors
-    /// [`AiterError::ExpertId`], [`AiterError::DuplicateExpertId`] (of a local expert), [`AiterError::SortBuffer`],
+    /// That of the first token that has one, whatever the policy: [`AiterError::ExpertId`] and
+    /// [`AiterError::DuplicateExpertId`] (of a local expert; AITER drops one of the two silently). And
+    /// [`AiterError::SortBuffer`],
     /// [`AiterError::TooManyRows`], [`AiterError::Experts`] and [`AiterError::View`] for a misfit tensor.
     pub fn sort<'a>(
         &self,
@@ -231,41 +201,27 @@ impl MoeSorting {
                 return Err(ExpertsError::tensor(tensor, &view, wanted).into());
             }
         }
-        let SortBuffers { token_ids, weights, expert_ids, positions, cursors } = buffers;
-        let sizes = self.sizes(num_tokens);
-        let token_ids = cut("token ids", token_ids, sizes.entries)?;
-        let weights = cut("weights", weights, sizes.entries)?;
-        let expert_ids = cut("expert ids", expert_ids, sizes.blocks)?;
-        let positions = cut("positions", positions, sizes.slots)?;
-        let cursors = cut("cursors", cursors, sizes.experts)?;
-
-        self.count(topk, num_tokens, cursors)?;
-        let mut blocks = 0;
-        for (expert, cursor) in cursors.iter_mut().enumerate() {
-            let taken = (*cursor as usize).div_ceil(self.block_m);
-            *cursor = (blocks * self.block_m) as i32;
-            expert_ids[blocks..blocks + taken].fill(expert as i32);
-            blocks += taken;
-        }
+        let mut buffers = buffers.cut(self.sizes(num_tokens))?;
+        let pairs = Pairs {
+            ids: topk.ids,
+            weights: topk.weights,
+            map: &self.experts,
+            experts: self.num_local_experts,
+            top_k: self.top_k,
+            block_m: self.block_m,
+            num_tokens,
+        };
+        let (pair_count, threads) = (num_tokens * self.top_k, rayon::current_num_threads());
+        let batch = SortBatch { pairs: pair_count, experts: self.num_local_experts, threads };
+        let blocks = match self.policy.for_batch(batch) {
+            SortPolicy::MultiPhase => multi_phase::sort(&pairs, &mut buffers)?,
+            _ => single_pass::sort(&pairs, &mut buffers)?,
+        };
+        let SortBuffers { token_ids, weights, expert_ids, positions, .. } = buffers;
         let entries = blocks * self.block_m;
-        let (token_ids, weights) = (&mut token_ids[..entries], &mut weights[..entries]);
-        token_ids.fill(SortedTokenId::new(num_tokens, self.top_k as u8));
-        weights.fill(0.0);
-        positions.fill(-1);
-        for token in 0..num_tokens {
-            let (ids, row_weights) = (topk.ids.row::<i32>(token)?, topk.weights.row::<f32>(token)?);
-            for (slot, (&id, &weight)) in ids.iter().zip(row_weights).enumerate() {
-                let Some(expert) = self.experts.local(id) else { continue };
-                let cursor = &mut cursors[expert.0 as usize];
-                token_ids[*cursor as usize] = SortedTokenId::new(token, slot as u8);
-                weights[*cursor as usize] = weight;
-                positions[token * self.top_k + slot] = *cursor;
-                *cursor += 1;
-            }
-        }
         Ok(SortedTokens {
-            token_ids,
-            weights,
+            token_ids: &token_ids[..entries],
+            weights: &weights[..entries],
             expert_ids: &expert_ids[..blocks],
             positions,
             num_tokens,
@@ -273,36 +229,60 @@ impl MoeSorting {
         })
     }
 
-    /// The most tokens whose entries have a number and a position for each of them.
+    /// The most tokens whose entries and slots have an i32 for each of them.
     fn max_tokens(&self) -> usize {
         let padding = self.num_local_experts.saturating_mul(self.block_m - 1);
         let entries = (i32::MAX as usize).saturating_sub(padding);
-        let per_token = self.top_k.min(self.num_local_experts).max(1);
-        (entries / per_token).min(MAX_TOKENS - 1)
+        (entries / self.top_k.max(1)).min(MAX_TOKENS - 1)
+    }
+}
+
+/// The pairs of a call, as both algorithms visit them.
+struct Pairs<'a> {
+    /// `[num_tokens or more, top_k]`.
+    ids: TensorView<'a>,
+    /// `[num_tokens or more, top_k]`.
+    weights: TensorView<'a>,
+    map: &'a ExpertMap,
+    /// Local experts.
+    experts: usize,
+    top_k: usize,
+    block_m: usize,
+    num_tokens: usize,
+}
+
+impl Pairs<'_> {
+    /// The entry that fills up blocks.
+    fn padding(&self) -> SortedTokenId {
+        SortedTokenId::new(self.num_tokens, self.top_k as u8)
     }
 
-    /// Checks all ids and counts the tokens of each local expert.
-    fn count(&self, topk: TopK<'_>, num_tokens: usize, counts: &mut [i32]) -> Result<(), AiterError> {
-        let num_experts = self.experts.as_slice().len();
-        counts.fill(0);
-        for row in 0..num_tokens {
-            let ids = topk.ids.row::<i32>(row)?;
-            for (slot, &id) in ids.iter().enumerate() {
-                if id != NO_EXPERT && usize::try_from(id).map_or(true, |id| id >= num_experts) {
-                    return Err(AiterError::ExpertId { row, slot, id, num_experts });
-                }
-                let Some(expert) = self.experts.local(id) else { continue };
-                if ids[..slot].contains(&id) {
-                    return Err(AiterError::DuplicateExpertId { row, id });
-                }
-                counts[expert.0 as usize] += 1;
+    /// Calls `pair(slot, expert)` for the slots of `token` that have a local expert, and checks its ids.
+    fn check(&self, token: usize, mut pair: impl FnMut(usize, LocalExpertId)) -> Result<(), AiterError> {
+        let num_experts = self.map.as_slice().len();
+        let ids = self.ids.row::<i32>(token)?;
+        for (slot, &id) in ids.iter().enumerate() {
+            if id != NO_EXPERT && usize::try_from(id).map_or(true, |id| id >= num_experts) {
+                return Err(AiterError::ExpertId { row: token, slot, id, num_experts });
+            }
+            let Some(expert) = self.map.local(id) else { continue };
+            if ids[..slot].contains(&id) {
+                return Err(AiterError::DuplicateExpertId { row: token, id });
+            }
+            pair(slot, expert);
+        }
+        Ok(())
+    }
+
+    /// Calls `pair(slot, expert, weight)` for the slots of `token` that have a local expert, once its ids have been
+    /// checked.
+    fn visit(&self, token: usize, mut pair: impl FnMut(usize, LocalExpertId, f32)) -> Result<(), AiterError> {
+        let (ids, weights) = (self.ids.row::<i32>(token)?, self.weights.row::<f32>(token)?);
+        for (slot, (&id, &weight)) in ids.iter().zip(weights).enumerate() {
+            if let Some(expert) = self.map.local(id) {
+                pair(slot, expert, weight);
             }
         }
         Ok(())
     }
-}
-
-fn cut<'a, T>(buffer: &'static str, memory: &'a mut [T], wanted: usize) -> Result<&'a mut [T], AiterError> {
-    let found = memory.len();
-    memory.get_mut(..wanted).ok_or(AiterError::SortBuffer { buffer, wanted, found })
 }

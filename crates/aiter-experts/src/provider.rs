@@ -9,7 +9,7 @@ use grouped_gemm::experts::PackedExperts;
 
 use crate::kernel::{AiterKernel, sizes};
 use crate::scheme::{caps, resolve, supported};
-use crate::{AiterError, NAME};
+use crate::{AiterError, NAME, SortPolicy};
 
 /// Makes host experts with AITER's contract, named `aiter`.
 ///
@@ -18,6 +18,7 @@ use crate::{AiterError, NAME};
 #[derive(Clone, Copy, Debug)]
 pub struct AiterExperts {
     executor: Executor,
+    sort_policy: SortPolicy,
 }
 
 impl AiterExperts {
@@ -29,7 +30,19 @@ impl AiterExperts {
     /// Experts whose GEMMs run on `executor`. The number of threads does not change a bit of the result; the
     /// instruction set may.
     pub fn with_executor(executor: Executor) -> Self {
-        Self { executor }
+        Self { executor, sort_policy: SortPolicy::default() }
+    }
+
+    /// Experts whose kernels sort under `policy`. Results are the same bits under all of them.
+    #[must_use]
+    pub fn with_sort_policy(mut self, policy: SortPolicy) -> Self {
+        self.sort_policy = policy;
+        self
+    }
+
+    /// How kernels that are built from now on sort.
+    pub fn sort_policy(&self) -> SortPolicy {
+        self.sort_policy
     }
 }
 
@@ -57,7 +70,12 @@ impl ExpertsProvider for AiterExperts {
     }
 
     fn build(&self, config: &MoeConfig, plan: &Plan, rank: Rank) -> Result<Experts> {
-        Ok(Experts::Modular(Box::new(AiterKernel::new(config, plan, rank, self.executor)?)))
+        Ok(Experts::Modular(Box::new(AiterKernel::new(
+            config,
+            plan,
+            rank,
+            (self.executor, self.sort_policy),
+        )?)))
     }
 
     fn pack(&self, config: &MoeConfig, rank: Rank, experts: &[ExpertMatrices<'_>]) -> Result<ExpertWeights> {

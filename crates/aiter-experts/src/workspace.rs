@@ -44,7 +44,7 @@ impl Sizes {
             + Arena::bytes_for::<f32>(sort.entries)
             + Arena::bytes_for::<i32>(sort.blocks)
             + Arena::bytes_for::<i32>(sort.slots)
-            + Arena::bytes_for::<i32>(sort.experts)
+            + Arena::bytes_for::<i32>(sort.cursors)
             + Arena::bytes_for::<u32>(sort.entries)
             + Arena::bytes_for::<u8>(GroupSlots::bytes(sort.experts))
             + input.bytes()
@@ -63,7 +63,7 @@ impl Sizes {
                 weights: arena.take(sort.entries)?,
                 expert_ids: arena.take(sort.blocks)?,
                 positions: arena.take(sort.slots)?,
-                cursors: arena.take(sort.experts)?,
+                cursors: arena.take(sort.cursors)?,
             },
             gather: words(arena.take(sort.entries)?),
             groups: GroupSlots::new(arena.take(GroupSlots::bytes(sort.experts))?),
@@ -94,7 +94,7 @@ mod tests {
         #[values(1, 96)] hidden: usize,
         #[values(false, true)] quantised: bool,
     ) {
-        let sort = SortSizes { entries: 3 * rows, blocks: 3 * rows, slots: 4 * rows, experts: 3 };
+        let sort = SortSizes { entries: 3 * rows, blocks: 3 * rows, slots: 4 * rows, experts: 3, cursors: 6 };
         let fp8 = Fp8Scheme { format: Fp8Format::E4M3Fn, kind: Fp8Kind::E4M3Fn, scaling: Scaling::Block };
         let scheme = if quantised { Scheme::Fp8(fp8) } else { Scheme::Bf16 };
         let sizes = Sizes {

@@ -4,7 +4,7 @@ mod common;
 
 use std::num::NonZeroUsize;
 
-use aiter_experts::AiterExperts;
+use aiter_experts::{AiterExperts, SortPolicy};
 use common::*;
 use fused_moe_core::QuantScheme::{self, *};
 use fused_moe_core::{DType, Layout, Rank, TensorView, TensorViewMut};
@@ -33,6 +33,23 @@ fn the_number_of_threads_does_not_matter(
         for threads in [1, 2, 7] {
             assert_eq!(run(threads), one, "{quant} on {threads} threads, {isa}");
         }
+    }
+}
+
+/// Rows and ids behind the received ones are poison in every batch of these tests.
+#[rstest]
+fn the_sort_policy_does_not_matter(#[values(Unquantized, Fp8Block(FN))] quant: QuantScheme) {
+    let mut rng = fresh_rng();
+    let config = on_one_rank(quant, RAGGED);
+    let layer = Layer::random(&mut rng, &config);
+    for rows in [0, 1, 40] {
+        let batch = Batch::random(&mut rng, &config, [rows, 60]);
+        let [auto, single, multi] = SortPolicy::ALL.map(|policy| {
+            let provider = AiterExperts::new().with_sort_policy(policy);
+            bits(&run_with(&provider, &config, (&layer, Rank(0)), &batch, Arrival::Bf16))
+        });
+        assert_eq!(single, auto);
+        assert_eq!(multi, auto);
     }
 }
 

@@ -5,7 +5,9 @@ mod common;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
-use aiter_experts::{AiterError, MAX_BLOCK_M, MAX_TOKENS, MoeSorting, SortMemory, SortedTokenId};
+use aiter_experts::{
+    AiterError, MAX_BLOCK_M, MAX_TOKENS, MoeSorting, SortBatch, SortMemory, SortPolicy, SortedTokenId,
+};
 use common::fresh_rng;
 use fused_moe_core::{DType, ExpertMask, ExpertPlacement, Rank, TensorView, TopK};
 use rand::Rng;
@@ -45,13 +47,19 @@ fn memory(sorting: &MoeSorting, tokens: usize) -> SortMemory {
 #[rstest]
 #[case([true; 6], &[0, 1, 2, 3, 3, 5], "0 | 2 3 4 | 1 3 | 0 1 2 3 4 | 0 1 2 4")]
 #[case([true, false, true, true, false, true], &[0, 1, 2, 2, 3], "0 | 1 3 | 0 1 2 3 4 | 0 1 2 4")]
-fn worked_example(#[case] held: [bool; 6], #[case] expert_ids: &[i32], #[case] tokens: &str) {
-    let sorting = sorting(&held, 3, 4);
+fn worked_example(
+    #[case] held: [bool; 6],
+    #[case] expert_ids: &[i32],
+    #[case] tokens: &str,
+    #[values(SortPolicy::Auto, SortPolicy::SinglePass, SortPolicy::MultiPhase)] policy: SortPolicy,
+) {
+    let sorting = sorting(&held, 3, 4).with_policy(policy);
     let weights: Vec<f32> = (0..15).map(|slot| slot as f32 + 0.5).collect();
     let mut memory = memory(&sorting, 5);
     let sorted = sorting.sort(topk(IDS.as_flattened(), &weights, 3), 5, memory.buffers()).unwrap();
     assert_eq!(sorted.expert_ids, expert_ids);
     assert_eq!(sorted.token_ids.len(), 4 * expert_ids.len());
+    assert_eq!(sorted.num_valid_ids(), [4 * expert_ids.len() as i32, 5]);
     let tokens_of = |rows: Range<usize>| {
         let tokens: Vec<_> = sorted.token_ids[rows].iter().map(|id| id.token().to_string()).collect();
         tokens.join(" ")
@@ -71,11 +79,13 @@ fn worked_example(#[case] held: [bool; 6], #[case] expert_ids: &[i32], #[case] t
 #[test]
 fn properties_of_random_sorts() {
     let mut rng = fresh_rng();
-    for _ in 0..300 {
+    for round in 0..300 {
         let experts = rng.random_range(1..20);
         let top_k = rng.random_range(1..=experts.min(9));
-        let block_m = rng.random_range(1..6);
-        let (tokens, garbage) = (rng.random_range(0..40), rng.random_range(0..3));
+        let block_m = if rng.random_bool(0.8) { rng.random_range(1..6) } else { rng.random_range(6..200) };
+        // Now and then enough for many chunks, the last of them smaller.
+        let most = if round % 10 == 0 { 3000 } else { 40 };
+        let (tokens, garbage) = (rng.random_range(0..most), rng.random_range(0..3));
         let held: Vec<bool> = (0..experts).map(|_| rng.random_bool(0.6)).collect();
         let local: Vec<usize> = (0..experts).filter(|&expert| held[expert]).collect();
         let mut ids = vec![i32::MAX; (tokens + garbage) * top_k];
@@ -86,10 +96,6 @@ fn properties_of_random_sorts() {
         }
         let mut weights = vec![f32::NAN; ids.len()];
         weights[..tokens * top_k].fill_with(|| rng.random());
-
-        let sorting = sorting(&held, top_k, block_m);
-        let mut memory = memory(&sorting, tokens);
-        let sorted = sorting.sort(topk(&ids, &weights, top_k), tokens, memory.buffers()).unwrap();
 
         // The definition: for every local expert, its (token, slot) pairs in ascending order, then padding.
         let (mut token_ids, mut sorted_weights, mut expert_ids) = (vec![], vec![], vec![]);
@@ -105,13 +111,66 @@ fn properties_of_random_sorts() {
             sorted_weights.resize(token_ids.len(), 0.0);
             expert_ids.resize(token_ids.len() / block_m, local_id as i32);
         }
-        assert_eq!(sorted.token_ids, token_ids);
-        assert_eq!(sorted.weights, sorted_weights);
-        assert_eq!(sorted.expert_ids, expert_ids);
-        assert_eq!(sorted.positions, positions);
-        let listed: usize = sorted.experts().map(|(_, rows)| rows.len()).sum();
-        assert_eq!(listed, positions.iter().filter(|&&position| position >= 0).count());
+        for policy in SortPolicy::ALL {
+            let sorting = sorting(&held, top_k, block_m).with_policy(policy);
+            // Memory for more tokens, as a kernel has it.
+            let mut memory = memory(&sorting, tokens + rng.random_range(0..2));
+            let sorted = sorting.sort(topk(&ids, &weights, top_k), tokens, memory.buffers()).unwrap();
+            assert_eq!(sorted.token_ids, token_ids, "{policy}");
+            assert_eq!(sorted.weights, sorted_weights, "{policy}");
+            assert_eq!(sorted.expert_ids, expert_ids, "{policy}");
+            assert_eq!(sorted.positions, positions, "{policy}");
+            let listed: usize = sorted.experts().map(|(_, rows)| rows.len()).sum();
+            assert_eq!(listed, positions.iter().filter(|&&position| position >= 0).count(), "{policy}");
+        }
     }
+}
+
+/// However the tokens are cut into chunks, the error is that of the first of them.
+#[test]
+fn all_policies_refuse_the_same_row() {
+    let mut rng = fresh_rng();
+    for _ in 0..50 {
+        let tokens = rng.random_range(1..2000);
+        let mut ids: Vec<i32> = (0..3 * tokens).map(|slot| slot as i32 % 3).collect();
+        for _ in 0..rng.random_range(1..5) {
+            let bad = [7, -2, 1, 0][rng.random_range(0..4)];
+            ids[3 * rng.random_range(0..tokens) + 2] = bad;
+        }
+        let weights = vec![1.0; ids.len()];
+        let refused = SortPolicy::ALL.map(|policy| {
+            let sorting = sorting(&[true, true, false], 3, 2).with_policy(policy);
+            let mut memory = memory(&sorting, tokens);
+            sorting.sort(topk(&ids, &weights, 3), tokens, memory.buffers()).unwrap_err().to_string()
+        });
+        assert_eq!([&refused[1], &refused[2]], [&refused[0]; 2]);
+    }
+}
+
+#[test]
+fn auto_goes_by_pairs_experts_and_threads() {
+    let batch = SortBatch { pairs: 1 << 18, experts: 32, threads: 8 };
+    let auto = |batch| SortPolicy::Auto.for_batch(batch);
+    assert_eq!(auto(batch), SortPolicy::MultiPhase);
+    for other in [
+        SortBatch { pairs: 1000, ..batch },
+        SortBatch { experts: 1 << 14, ..batch },
+        SortBatch { threads: 1, ..batch },
+    ] {
+        assert_eq!(auto(other), SortPolicy::SinglePass, "{other:?}");
+        for policy in [SortPolicy::SinglePass, SortPolicy::MultiPhase] {
+            assert_eq!(policy.for_batch(other), policy);
+        }
+    }
+}
+
+#[test]
+fn policies_have_names() {
+    for policy in SortPolicy::ALL {
+        assert_eq!(policy.to_string().parse(), Ok(policy));
+    }
+    let error = "2".parse::<SortPolicy>().unwrap_err().to_string();
+    assert_eq!(error, "\"2\" is no sort policy (auto, single, multi)");
 }
 
 #[test]

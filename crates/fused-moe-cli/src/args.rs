@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use fused_moe::aiter_experts::SortPolicy;
 
 /// Expert-parallel MoE layers of Hugging Face checkpoints: run, plan, verify, measure.
 #[derive(Debug, Parser)]
@@ -44,17 +45,6 @@ pub enum Quant {
     Fp8Block,
 }
 
-/// How rows are sorted by expert.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum SortPolicy {
-    /// The backend chooses.
-    Auto,
-    /// One pass.
-    Single,
-    /// Several passes.
-    Multi,
-}
-
 /// What a rank is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Ranks {
@@ -87,6 +77,9 @@ pub struct LayerArgs {
     /// Quantisation.
     #[arg(long, value_enum, default_value_t = Quant::Auto)]
     pub quant: Quant,
+    /// How experts `aiter` sort rows by expert: auto, single or multi. The results are the same.
+    #[arg(long, value_name = "P", default_value_t = SortPolicy::Auto)]
+    pub sort_policy: SortPolicy,
     /// Ranks on one node; all of them if not given.
     #[arg(long, value_name = "G")]
     pub gpus_per_node: Option<usize>,
@@ -104,9 +97,6 @@ pub struct RunArgs {
     /// File to write: `output`, `routed`, `topk_ids`, `topk_weights`.
     #[arg(long, value_name = "OUT.safetensors")]
     pub output: PathBuf,
-    /// How rows are sorted by expert.
-    #[arg(long, value_enum, default_value_t = SortPolicy::Auto)]
-    pub sort_policy: SortPolicy,
     /// What a rank is.
     #[arg(long, value_enum, default_value_t = Ranks::Threads)]
     pub ranks: Ranks,

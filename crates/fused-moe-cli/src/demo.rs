@@ -146,6 +146,7 @@ impl Demo<'_> {
             all2all: backend.to_string(),
             experts: "auto".into(),
             quant: Quant::Auto,
+            sort_policy: Default::default(),
             gpus_per_node: None,
         };
         let stored = layer::open(self.checkpoint, None)?;

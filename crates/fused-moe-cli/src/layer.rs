@@ -2,8 +2,8 @@
 
 use anyhow::{Context, anyhow};
 use fused_moe::{
-    Activation, DType, DeviceKind, ExpertMatrices, ExpertPlacement, ExpertWeights, Fp8Format, MoeConfig,
-    Plan, QuantScheme, Rank, Registry, RoutingConfig, RoutingMethod, Selection, Survey,
+    Activation, BackendOptions, DType, DeviceKind, ExpertMatrices, ExpertPlacement, ExpertWeights, Fp8Format,
+    MoeConfig, Plan, QuantScheme, Rank, Registry, RoutingConfig, RoutingMethod, Selection, Survey,
 };
 use moe_checkpoint::{Checkpoint, ExpertTensors, MoeLayer};
 use rayon::prelude::*;
@@ -64,6 +64,13 @@ pub fn config(layer: &MoeLayer<'_>, args: &LayerArgs, max_tokens: usize) -> Resu
         ranks_per_node,
         device: DeviceKind::Host,
     })
+}
+
+/// All backends, as the arguments set them.
+pub fn backends(args: &LayerArgs) -> Registry {
+    let mut options = BackendOptions::default();
+    options.sort_policy = args.sort_policy;
+    fused_moe::backends(options)
 }
 
 /// The backends that the arguments name.

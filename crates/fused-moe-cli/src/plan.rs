@@ -13,6 +13,7 @@ use crate::report::{BytesReport, PlanReport, RejectedReport, WireReport, human_b
 struct Report {
     layer: usize,
     scheme: String,
+    sort_policy: &'static str,
     plan: Costed,
     alternatives: Vec<Costed>,
     rejected: Vec<RejectedReport>,
@@ -39,7 +40,7 @@ impl Costed {
 
 /// Runs the command.
 pub fn run(args: &PlanArgs) -> Result<(), Failure> {
-    let registry = fused_moe::default_backends();
+    let registry = layer::backends(&args.layer);
     let selection = layer::selection(&args.layer);
     // Names first: a misspelt backend is worth saying before a missing file.
     layer::check_names(&registry, selection)?;
@@ -51,6 +52,7 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
     let report = Report {
         layer: stored.index(),
         scheme: config.quant.to_string(),
+        sort_policy: args.layer.sort_policy.name(),
         plan: Costed::new(&registry, &config, &choice.plan)?,
         alternatives: alternatives
             .map(|plan| Costed::new(&registry, &config, plan))
@@ -62,11 +64,12 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
     }
 
     print(format_args!(
-        "layer {} of {}: {}, EP {}",
+        "layer {} of {}: {}, EP {}, sort policy {}",
         report.layer,
         args.layer.checkpoint.display(),
         config.quant,
-        config.ep_size()
+        config.ep_size(),
+        report.sort_policy
     ))
     .or_failed()?;
     let mut table = comfy_table::Table::new();

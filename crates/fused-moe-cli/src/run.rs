@@ -7,7 +7,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use moe_checkpoint::Checkpoint;
 use serde::Serialize;
 
-use crate::args::{Ranks, RunArgs, SortPolicy};
+use crate::args::{Ranks, RunArgs};
 use crate::ep::{self, LoadedLayer};
 use crate::exit::{Failure, OrFailure, refused};
 use crate::layer::{self, Choice};
@@ -34,14 +34,11 @@ struct Report {
 
 /// Runs the command.
 pub fn run(args: &RunArgs) -> Result<(), Failure> {
-    let registry = fused_moe::default_backends();
+    let registry = layer::backends(&args.layer);
     let selection = layer::selection(&args.layer);
     layer::check_names(&registry, selection)?;
     if args.ranks != Ranks::Threads {
         return refused("--ranks: this version runs ranks as threads only");
-    }
-    if args.sort_policy != SortPolicy::Auto {
-        return refused("--sort-policy: this version has auto only");
     }
     let file = OutputFile::check(&args.output).or_refused()?;
     let checkpoint = Checkpoint::open(&args.layer.checkpoint).or_refused()?;

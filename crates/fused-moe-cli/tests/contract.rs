@@ -26,8 +26,7 @@ fn run(options: &str) -> Run {
 #[case::processes("--ranks processes", &["--ranks"])]
 #[case::mpi("--ranks mpi", &["--ranks"])]
 #[case::unknown_ranks("--ranks fibers", &["fibers", "threads"])]
-#[case::single_sort("--sort-policy single", &["--sort-policy"])]
-#[case::multi_sort("--sort-policy multi", &["--sort-policy"])]
+#[case::unknown_sort("--sort-policy 2", &["--sort-policy", "auto", "single", "multi"])]
 #[case::no_ranks("--ep-size 0", &["--ep-size 0"])]
 #[case::negative_ranks("--ep-size=-1", &["-1"])]
 #[case::too_many_ranks("--ep-size 100000", &["--ep-size 100000", "1024"])]
@@ -78,6 +77,18 @@ fn naive_backends_run_between_nodes() {
         let report = Run { output: folder.path().join(comm), ..run(&options) }.run().succeeded().json();
         assert!(report["wire"]["internode_bytes"].as_u64().unwrap() > 0, "{report}");
     }
+}
+
+#[test]
+fn every_sort_policy_gives_the_same_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let files = ["auto", "single", "multi"].map(|policy| {
+        let output = folder.path().join(policy);
+        let options = format!("--ep-size 2 --verify --sort-policy {policy}");
+        Run { output: output.clone(), ..run(&options) }.run().succeeded();
+        std::fs::read(output).unwrap()
+    });
+    assert!(files[0] == files[1] && files[0] == files[2]);
 }
 
 #[test]

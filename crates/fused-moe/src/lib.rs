@@ -89,8 +89,32 @@ pub use naive_comm;
 #[doc = include_str!("../../../README.md")]
 struct Readme;
 
+/// What the backends of this build can be told when they are registered.
+#[derive(Clone, Copy, Debug, Default)]
+#[non_exhaustive]
+pub struct BackendOptions {
+    /// How experts `aiter` sort rows by expert.
+    #[cfg(feature = "aiter")]
+    pub sort_policy: aiter_experts::SortPolicy,
+}
+
 /// The backends that this build was made with, best first.
 pub fn default_backends() -> Registry {
+    backends(BackendOptions::default())
+}
+
+/// As [`default_backends`], with options.
+///
+/// ```
+/// let mut options = fused_moe::BackendOptions::default();
+/// options.sort_policy = fused_moe::aiter_experts::SortPolicy::MultiPhase;
+/// assert_eq!(fused_moe::backends(options).experts_names(), fused_moe::default_backends().experts_names());
+/// ```
+pub fn backends(options: BackendOptions) -> Registry {
+    let BackendOptions {
+        #[cfg(feature = "aiter")]
+        sort_policy,
+    } = options;
     let registry = Registry::new();
     #[cfg(feature = "naive")]
     let registry = registry.with_comm(naive_comm::Local);
@@ -101,7 +125,7 @@ pub fn default_backends() -> Registry {
     #[cfg(feature = "batched")]
     let registry = registry.with_comm(batched_comm::Batched);
     #[cfg(feature = "aiter")]
-    let registry = registry.with_experts(aiter_experts::AiterExperts::default());
+    let registry = registry.with_experts(aiter_experts::AiterExperts::new().with_sort_policy(sort_policy));
     #[cfg(feature = "batched")]
     let registry = registry.with_experts(batched_experts::BatchedExperts::default());
     registry
