@@ -48,6 +48,7 @@ impl Fixture {
             ..case.config()
         };
         let skewed = Distribution::Zipf { exponent: 1.2 };
+        // Always the same draw: how even its load can become is a matter of the experts it names.
         let mut simulator = Simulator::new(skewed, EXPERTS, case.top_k, 7).unwrap();
         let rounds = (0..3).map(|round| {
             let mut inputs = case.inputs(round);

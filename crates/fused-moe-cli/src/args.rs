@@ -25,6 +25,8 @@ pub enum Command {
     Plan(PlanArgs),
     /// Print the support table of all backends.
     Matrix(MatrixArgs),
+    /// Propose a placement of experts and replicas that balances recorded loads.
+    Eplb(crate::eplb::EplbArgs),
     /// Measure.
     #[command(subcommand)]
     Bench(BenchCommand),
@@ -100,6 +102,12 @@ pub struct RunArgs {
     /// What a rank is.
     #[arg(long, value_enum, default_value_t = Ranks::Threads)]
     pub ranks: Ranks,
+    /// Place experts and their replicas as this file of `fmoe eplb` says.
+    #[arg(long, value_name = "PLACEMENT.json")]
+    pub placement: Option<PathBuf>,
+    /// File to write: the load of every expert, for `fmoe eplb`.
+    #[arg(long, value_name = "LOAD.json")]
+    pub record_load: Option<PathBuf>,
     /// Compare with the f64 oracle; an error above the tolerance is a failure.
     #[arg(long)]
     pub verify: bool,

@@ -12,6 +12,7 @@ use rand_pcg::Pcg64;
 
 use crate::args::{DemoArgs, LayerArgs, Quant};
 use crate::ep::{self, LoadedLayer};
+use crate::eplb::Replicas;
 use crate::exit::{Failure, OrFailure, refused};
 use crate::layer;
 use crate::report::{human_bytes, print};
@@ -154,14 +155,16 @@ impl Demo<'_> {
         let config = layer::config(&stored, &args, max_tokens)?;
         let selection = layer::selection(&args);
         let plan = layer::choose(self.registry, &config, selection)?.plan;
-        let weights = layer::load(self.registry, &stored, &config, &plan, || ())?;
-        let shared = layer::load_shared(self.registry, &stored, &config, plan.experts(), args.quant)?;
+        let replicas = Replicas::new(None, stored.index(), config)?;
+        let weights = layer::load(self.registry, &stored, &replicas, &plan, || ())?;
+        let shared =
+            layer::load_shared(self.registry, &stored, &replicas.config, plan.experts(), args.quant)?;
         let loaded =
-            LoadedLayer { stored: &stored, config: &config, weights: &weights, shared: shared.as_ref() };
+            LoadedLayer { stored: &stored, replicas: &replicas, weights: &weights, shared: shared.as_ref() };
         let done =
             ep::run(self.registry, &loaded, selection, self.hidden).with_context(|| backend.to_string());
         let done = done.or_failed()?;
-        let subject = Subject { stored: &stored, config: &config, plan: &plan, quant: args.quant };
+        let subject = Subject { stored: &stored, replicas: &replicas, plan: &plan, quant: args.quant };
         let verdict = verify::verify(&subject, self.hidden, &done).or_failed()?;
         let ms = |time: std::time::Duration| format!("{:.2}", time.as_secs_f64() * 1e3);
         let times = done.times;

@@ -8,12 +8,13 @@ use anyhow::{anyhow, bail};
 use fused_moe::router::{HostRouter, gate_logits, shared_expert_gate};
 use fused_moe::transport::{Endpoint, ThreadOptions, Traffic, run_ranks, transport_of};
 use fused_moe::{
-    Call, DType, Error, ErrorKind, ExecCx, FusedMoEKernel, KernelBytes, Logits, MoeConfig, Overlap,
-    ProcessGroup, Rank, Registry, Router, Selection, SingleRank, Stage, StageTimes, Stream, TensorView,
-    TensorViewMut, TopK, TopKMut, Workspace,
+    Call, DType, Error, ErrorKind, ExecCx, FusedMoEKernel, KernelBytes, Logits, Overlap, ProcessGroup, Rank,
+    Registry, Router, Selection, SingleRank, Stage, StageTimes, Stream, TensorView, TensorViewMut, TopK,
+    TopKMut, Workspace,
 };
 use moe_checkpoint::MoeLayer;
 
+use crate::eplb::Replicas;
 use crate::layer::SharedLayer;
 use crate::tokens::{HiddenStates, LayerOutput};
 
@@ -22,8 +23,8 @@ use crate::tokens::{HiddenStates, LayerOutput};
 pub struct LoadedLayer<'l> {
     /// The layer in the checkpoint: gate and shared expert gate.
     pub stored: &'l MoeLayer<'l>,
-    /// Configuration of the routed experts.
-    pub config: &'l MoeConfig,
+    /// The routed experts and their replicas.
+    pub replicas: &'l Replicas,
     /// Weights of the routed experts, one entry per rank.
     pub weights: &'l [fused_moe::ExpertWeights],
     /// The shared experts.
@@ -64,6 +65,8 @@ impl Times {
 pub struct LayerRun {
     /// The tensors.
     pub output: LayerOutput,
+    /// `[tokens, top_k]`: the slots, of all ranks, that the tokens went to for `topk_ids`.
+    pub slots: Vec<i32>,
     /// Where the time went.
     pub times: Times,
     /// What the transport counted during the call, over all ranks.
@@ -90,8 +93,8 @@ pub fn run(
     selection: Selection<'_>,
     hidden: &HiddenStates,
 ) -> anyhow::Result<LayerRun> {
-    let ranks = layer.config.ep_size();
-    let ranks_per_node = std::num::NonZeroUsize::new(layer.config.ranks_per_node);
+    let ranks = layer.replicas.config.ep_size();
+    let ranks_per_node = std::num::NonZeroUsize::new(layer.replicas.config.ranks_per_node);
     let options = ThreadOptions { ranks_per_node, timeout: TIMEOUT };
     let parts = run_ranks(ranks, options, |group| {
         RankRun::new(registry, layer, selection, &group)?.run(&group, hidden)
@@ -133,6 +136,7 @@ impl LayerRun {
         self.output.routed.extend(part.output.routed);
         self.output.topk_ids.extend(part.output.topk_ids);
         self.output.topk_weights.extend(part.output.topk_weights);
+        self.slots.extend(part.slots);
         self.times = self.times.longest(part.times);
         self.traffic.remote_bytes += part.traffic.remote_bytes;
         self.traffic.internode_bytes += part.traffic.internode_bytes;
@@ -157,7 +161,7 @@ impl<'l> RankRun<'l> {
         selection: Selection<'_>,
         group: &Endpoint,
     ) -> anyhow::Result<Self> {
-        let kernel = registry.build(layer.config, selection, group)?;
+        let kernel = registry.build(&layer.replicas.config, selection, group)?;
         let shared = match layer.shared {
             Some(shared) => {
                 let selection = Selection { comm: None, experts: Some(shared.weights.backend()) };
@@ -172,15 +176,15 @@ impl<'l> RankRun<'l> {
         let transport = transport_of(group).ok_or_else(|| anyhow!("the group has no transport"))?;
         let before = transport.traffic();
         let start = Instant::now();
-        let (config, rank) = (self.layer.config, group.rank());
+        let (Replicas { table, config }, rank) = (self.layer.replicas, group.rank());
         let part = share(hidden.tokens, config.ep_size(), rank);
         let (tokens, width, top_k) = (part.len(), config.hidden, config.top_k);
         let rows = &hidden.values[part.start * width..part.end * width];
         let x = TensorView::from_slice(rows, DType::Bf16, &[tokens, width])?;
 
         let gate = self.layer.stored.gate().view();
-        let mut logits = vec![0f32; tokens * config.num_experts()];
-        let dims = [tokens, config.num_experts()];
+        let mut logits = vec![0f32; tokens * table.num_logical()];
+        let dims = [tokens, table.num_logical()];
         gate_logits(x, gate, TensorViewMut::from_slice(&mut logits, DType::F32, &dims)?)?;
         let logits = TensorView::from_slice(&logits, DType::F32, &dims)?;
         let mut topk_ids = vec![0i32; tokens * top_k];
@@ -191,6 +195,8 @@ impl<'l> RankRun<'l> {
         };
         let mut workspace = Workspace::new(config.device, 0)?;
         self.router.route(&mut ExecCx { stream: Stream::Host, workspace: workspace.arena() }, logits, out)?;
+        let mut slots = vec![0i32; tokens * top_k];
+        table.map(top_k, &topk_ids, &mut slots)?;
         let mut times = Times { router: start.elapsed(), ..Times::default() };
 
         let mut routed = vec![0f32; tokens * width];
@@ -209,7 +215,7 @@ impl<'l> RankRun<'l> {
         match &mut self.kernel {
             FusedMoEKernel::Modular(kernel) => {
                 let routing = TopK {
-                    ids: TensorView::from_slice(&topk_ids, DType::I32, &[tokens, top_k])?,
+                    ids: TensorView::from_slice(&slots, DType::I32, &[tokens, top_k])?,
                     weights: TensorView::from_slice(&topk_weights, DType::F32, &[tokens, top_k])?,
                 };
                 kernel.apply(Call { stream: Stream::Host, weights, hidden: x, routing, overlap, out })?;
@@ -231,6 +237,7 @@ impl<'l> RankRun<'l> {
         }
         Ok(LayerRun {
             output: LayerOutput { tokens, hidden: width, top_k, output, routed, topk_ids, topk_weights },
+            slots,
             times,
             traffic: transport.traffic() - before,
             bytes: self.kernel.bytes(),
@@ -252,7 +259,7 @@ fn run_shared(
     let ids = vec![0i32; tokens];
     let mut factors = vec![1f32; tokens];
     if let Some(gate) = &shared.sigmoid_gate {
-        let width = layer.config.hidden;
+        let width = layer.replicas.config.hidden;
         let gate = TensorView::from_slice(gate, DType::F32, &[1, width])?;
         shared_expert_gate(x, gate, TensorViewMut::from_slice(&mut factors, DType::F32, &[tokens, 1])?)?;
     }
@@ -265,7 +272,7 @@ fn run_shared(
             weights: TensorView::from_slice(&factors, DType::F32, &[tokens, 1])?,
         },
         overlap: Overlap::default(),
-        out: TensorViewMut::from_slice(out, DType::F32, &[tokens, layer.config.hidden])?,
+        out: TensorViewMut::from_slice(out, DType::F32, &[tokens, layer.replicas.config.hidden])?,
     })?;
     Ok(())
 }

@@ -9,6 +9,7 @@ use moe_checkpoint::{Checkpoint, ExpertTensors, MoeLayer};
 use rayon::prelude::*;
 
 use crate::args::{LayerArgs, Quant};
+use crate::eplb::Replicas;
 use crate::exit::{Failure, OrFailure, refused};
 use crate::weights::LoadedExpert;
 
@@ -97,22 +98,24 @@ pub fn choose(registry: &Registry, config: &MoeConfig, selection: Selection<'_>)
     }
 }
 
-/// Loads and packs the experts of every rank; each rank's come from its own part of the checkpoint alone.
+/// Loads and packs the experts of every rank's slots; each rank's come from its own part of the checkpoint alone.
 ///
 /// All ranks are loaded before any starts, so that a bad file is a refusal and not a failure of the group.
 pub fn load(
     registry: &Registry,
     layer: &MoeLayer<'_>,
-    config: &MoeConfig,
+    replicas: &Replicas,
     plan: &Plan,
     loaded: impl Fn() + Sync,
 ) -> Result<Vec<ExpertWeights>, Failure> {
+    let Replicas { table, config } = replicas;
     let provider = registry.experts(plan.experts()).or_refused()?;
     let ranks: Vec<Rank> = (0..config.ep_size() as u32).map(Rank).collect();
     ranks
         .iter()
         .map(|&rank| {
-            let stored = config.placement.experts_of(rank).map(|id| layer.expert(id.0 as usize));
+            let slots = config.placement.experts_of(rank).map(|slot| slot.0 as usize);
+            let stored = slots.map(|slot| layer.expert(table.physical_to_logical()[slot] as usize));
             let stored: Vec<ExpertTensors<'_>> = stored.collect::<Result<_, _>>().or_refused()?;
             let experts: Vec<LoadedExpert<'_>> = stored
                 .par_iter()
@@ -171,6 +174,7 @@ pub fn shared_config(
         quant,
         routing: Some(routing),
         placement: ExpertPlacement::linear(1, 1).or_refused()?,
+        redundant_experts: 0,
         ranks_per_node: 1,
         ..layer.clone()
     })

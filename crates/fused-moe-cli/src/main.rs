@@ -12,6 +12,7 @@ mod args;
 mod bench;
 mod demo;
 mod ep;
+mod eplb;
 mod exit;
 mod layer;
 mod matrix;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Matrix(args) => matrix::run(*args),
+        Command::Eplb(args) => eplb::run(args),
         Command::Bench(BenchCommand::Experts(args)) => bench::run(args),
     };
     match done {

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use crate::args::{Ranks, RunArgs};
 use crate::ep::{self, LoadedLayer};
+use crate::eplb::{BalanceReport, Recorded, Replicas, to_json};
 use crate::exit::{Failure, OrFailure, refused};
 use crate::layer::{self, Choice};
 use crate::report::{
@@ -28,6 +29,7 @@ struct Report {
     bytes_per_rank: BytesReport,
     times_ms: TimesReport,
     wire: TrafficReport,
+    load: BalanceReport,
     #[serde(skip_serializing_if = "Option::is_none")]
     verify: Option<Verdict>,
 }
@@ -41,20 +43,27 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         return refused("--ranks: this version runs ranks as threads only");
     }
     let file = OutputFile::check(&args.output).or_refused()?;
+    let load_file = args.record_load.as_deref().map(OutputFile::check).transpose().or_refused()?;
+    if load_file.as_ref().is_some_and(|load| load.is(&file)) {
+        return refused("--record-load and --output are the same file");
+    }
     let checkpoint = Checkpoint::open(&args.layer.checkpoint).or_refused()?;
     let stored = layer::open(&checkpoint, args.layer.layer)?;
     let hidden = HiddenStates::read(&args.input, stored.model().hidden).or_refused()?;
     let max_tokens = hidden.tokens.div_ceil(args.layer.ep_size.max(1));
     let config = layer::config(&stored, &args.layer, max_tokens)?;
-    let Choice { plan, survey } = layer::choose(&registry, &config, selection)?;
+    let replicas = Replicas::new(args.placement.as_deref(), stored.index(), config)?;
+    let config = &replicas.config;
+    let Choice { plan, survey } = layer::choose(&registry, config, selection)?;
     tracing::info!(all2all = plan.comm(), experts = plan.experts(), wire = %plan.wire(), "plan");
 
     let bar = progress(config.num_experts() as u64, "loading experts");
-    let weights = layer::load(&registry, &stored, &config, &plan, || bar.inc(1))?;
-    let shared = layer::load_shared(&registry, &stored, &config, plan.experts(), args.layer.quant)?;
+    let weights = layer::load(&registry, &stored, &replicas, &plan, || bar.inc(1))?;
+    let shared = layer::load_shared(&registry, &stored, config, plan.experts(), args.layer.quant)?;
     bar.finish_and_clear();
 
-    let loaded = LoadedLayer { stored: &stored, config: &config, weights: &weights, shared: shared.as_ref() };
+    let loaded =
+        LoadedLayer { stored: &stored, replicas: &replicas, weights: &weights, shared: shared.as_ref() };
     let done = match ep::run(&registry, &loaded, selection, &hidden) {
         Ok(done) => done,
         Err(error) if ep::is_bad_input(&error) => return Err(Failure::Refused(error)),
@@ -62,7 +71,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     };
     let verdict = if args.verify {
         let spinner = progress(0, "computing the oracle");
-        let subject = Subject { stored: &stored, config: &config, plan: &plan, quant: args.layer.quant };
+        let subject = Subject { stored: &stored, replicas: &replicas, plan: &plan, quant: args.layer.quant };
         let verdict = verify::verify(&subject, &hidden, &done).or_failed()?;
         spinner.finish_and_clear();
         Some(verdict)
@@ -70,7 +79,11 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         None
     };
     let passes = verdict.is_none_or(|v| v.passes);
+    let recorded = Recorded::new(&replicas, stored.index(), &done.slots).or_failed()?;
     let staged = passes.then(|| file.stage(&done.output)).transpose().or_failed()?;
+    let staged_load = load_file.as_ref().filter(|_| passes);
+    let staged_load = staged_load.map(|file| file.stage_bytes(&to_json(&recorded.file)?));
+    let staged_load = staged_load.transpose().or_failed()?;
     let report = Report {
         layer: stored.index(),
         tokens: hidden.tokens,
@@ -81,6 +94,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         bytes_per_rank: done.bytes.into(),
         times_ms: done.times.into(),
         wire: done.traffic.into(),
+        load: recorded.balance,
         verify: verdict,
     };
     if args.json {
@@ -96,7 +110,8 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         let stages = done.times.stages;
         print(format_args!(
             "time: router {}, dispatch {}, experts {}, combine {} (shared experts {}), total {}\n\
-             wire: {} between ranks",
+             wire: {} between ranks\n\
+             load: the busiest rank has {:.3} times the mean",
             ms(done.times.router),
             ms(stages.dispatch),
             ms(stages.experts),
@@ -104,6 +119,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
             ms(done.times.shared),
             ms(done.times.total),
             human_bytes(done.traffic.remote_bytes as f64),
+            report.load.max_over_mean,
         ))
         .or_failed()?;
         if let Some(v) = verdict {
@@ -115,7 +131,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         }
     }
     // Last, so that a report that cannot be printed leaves no output behind.
-    if let Some(staged) = staged {
+    for staged in [staged_load, staged].into_iter().flatten() {
         staged.commit().or_failed()?;
     }
     match verdict {

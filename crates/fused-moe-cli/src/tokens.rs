@@ -96,6 +96,14 @@ impl OutputFile {
         Ok(Self { path: path.to_path_buf(), folder: folder.to_path_buf() })
     }
 
+    /// Whether both are the same file, whatever their paths are.
+    pub fn is(&self, other: &Self) -> bool {
+        let place = |file: &Self| {
+            (file.folder.canonicalize().ok(), file.path.file_name().map(std::ffi::OsStr::to_os_string))
+        };
+        place(self) == place(other)
+    }
+
     /// Writes the outputs beside the file under a temporary name.
     pub fn stage(&self, out: &LayerOutput) -> anyhow::Result<StagedFile<'_>> {
         let f32_bytes = |values: &[f32]| bytes_of(values, f32::to_le_bytes);
@@ -111,7 +119,11 @@ impl OutputFile {
             let view = TensorView::new(*dtype, vec![out.tokens, *columns], bytes);
             named.push((*name, view.map_err(|e| anyhow!("{name}: {e}"))?));
         }
-        let bytes = safetensors::serialize(named, None)?;
+        self.stage_bytes(&safetensors::serialize(named, None)?)
+    }
+
+    /// Writes `bytes` beside the file under a temporary name.
+    pub fn stage_bytes(&self, bytes: &[u8]) -> anyhow::Result<StagedFile<'_>> {
         let context = || format!("cannot write {}", self.path.display());
         let mut builder = tempfile::Builder::new();
         #[cfg(unix)]
@@ -126,7 +138,7 @@ impl OutputFile {
     }
 }
 
-/// Outputs under a temporary name, which are gone if they are not committed.
+/// Contents under a temporary name, which are gone if they are not committed.
 #[derive(Debug)]
 pub struct StagedFile<'p> {
     file: NamedTempFile,
@@ -134,7 +146,7 @@ pub struct StagedFile<'p> {
 }
 
 impl StagedFile<'_> {
-    /// Renames the outputs to their own name.
+    /// Renames them to their own name.
     pub fn commit(self) -> anyhow::Result<()> {
         self.file.persist(self.path).with_context(|| format!("cannot write {}", self.path.display()))?;
         Ok(())

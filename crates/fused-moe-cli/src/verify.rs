@@ -1,8 +1,11 @@
 //! A run against the f64 oracle.
 
-use anyhow::Context;
-use fused_moe::{Activation, DType, Padding, TensorView, TensorViewMut, router::shared_expert_gate};
-use fused_moe::{ExpertMatrices, ExpertPlacement, MoeConfig, Plan, QuantScheme, Rank, RouterWeight};
+use anyhow::{Context, bail};
+use fused_moe::{
+    Activation, DType, Padding, TensorView, TensorViewMut, router::eplb::ReplicaTable,
+    router::shared_expert_gate,
+};
+use fused_moe::{ExpertMatrices, ExpertPlacement, NO_EXPERT, Plan, QuantScheme, Rank, RouterWeight};
 use moe_checkpoint::{ExpertTensors, MoeLayer};
 use moe_conformance::oracle::{InputScales, Layer, RankTokens, Shape};
 use moe_conformance::{compare, relative_l2, tolerance};
@@ -11,6 +14,7 @@ use serde::Serialize;
 
 use crate::args::Quant;
 use crate::ep::{LayerRun, share};
+use crate::eplb::Replicas;
 use crate::layer;
 use crate::tokens::HiddenStates;
 use crate::weights::LoadedExpert;
@@ -33,8 +37,8 @@ pub struct Verdict {
 pub struct Subject<'l> {
     /// The layer in the checkpoint.
     pub stored: &'l MoeLayer<'l>,
-    /// Configuration of the routed experts.
-    pub config: &'l MoeConfig,
+    /// The routed experts and their replicas.
+    pub replicas: &'l Replicas,
     /// The pair that ran.
     pub plan: &'l Plan,
     /// What was asked for, which decides the scheme of the shared experts too.
@@ -43,8 +47,8 @@ pub struct Subject<'l> {
 
 /// Computes the layer with the oracle, for the routing that the run chose, and compares.
 pub fn verify(subject: &Subject<'_>, hidden: &HiddenStates, run: &LayerRun) -> anyhow::Result<Verdict> {
-    let Subject { stored, config, plan, quant } = *subject;
-    let all = (0..config.num_experts()).map(|e| stored.expert(e)).collect::<Result<Vec<_>, _>>()?;
+    let Subject { stored, replicas: Replicas { table, config }, plan, quant } = *subject;
+    let all = (0..table.num_logical()).map(|e| stored.expert(e)).collect::<Result<Vec<_>, _>>()?;
     let experts = loaded(&all, config.quant)?;
     let parts: Vec<_> =
         (0..config.ep_size() as u32).map(|r| share(hidden.tokens, config.ep_size(), Rank(r))).collect();
@@ -52,11 +56,14 @@ pub fn verify(subject: &Subject<'_>, hidden: &HiddenStates, run: &LayerRun) -> a
         .iter()
         .map(|part| RankTokens {
             hidden: &hidden.values[part.start * config.hidden..part.end * config.hidden],
-            ids: &run.output.topk_ids[part.start * config.top_k..part.end * config.top_k],
+            ids: &run.slots[part.start * config.top_k..part.end * config.top_k],
             weights: &run.output.topk_weights[part.start * config.top_k..part.end * config.top_k],
         })
         .collect();
-    let views = views(&experts)?;
+    let logical = views(&experts)?;
+    // A slot that holds what the router chose is as good as any other, but it says whose partial sum a token is in.
+    check_slots(table, &run.output.topk_ids, &run.slots)?;
+    let views: Vec<_> = table.physical_to_logical().iter().map(|&expert| logical[expert as usize]).collect();
     // Where experts quantise per tensor, which rows share a scale depends on what the backend sent them.
     let mut best: Option<(f64, Vec<f64>)> = None;
     for &input_scales in InputScales::of_plan(config.quant, plan) {
@@ -127,6 +134,19 @@ pub fn verify(subject: &Subject<'_>, hidden: &HiddenStates, run: &LayerRun) -> a
         tolerance,
         passes: agrees(&run.output.routed, &routed) && agrees(&run.output.output, &output),
     })
+}
+
+/// Fails if a token went to a slot that does not hold the expert that the router chose for it.
+fn check_slots(table: &ReplicaTable, chosen: &[i32], slots: &[i32]) -> anyhow::Result<()> {
+    let held = |slot: i32| usize::try_from(slot).ok().and_then(|slot| table.physical_to_logical().get(slot));
+    let wrong = chosen.iter().zip(slots).position(|(&id, &slot)| match held(slot) {
+        Some(&expert) => i64::from(expert) != i64::from(id),
+        None => id != NO_EXPERT || slot != NO_EXPERT,
+    });
+    match wrong {
+        None => Ok(()),
+        Some(at) => bail!("position {at} of the top-k ids is {}, but went to slot {}", chosen[at], slots[at]),
+    }
 }
 
 fn loaded<'c>(stored: &'c [ExpertTensors<'_>], scheme: QuantScheme) -> anyhow::Result<Vec<LoadedExpert<'c>>> {

@@ -17,15 +17,11 @@ impl Balance {
     }
 
     /// What the ranks would have to do if `load`, `[logical]`, came again and every replica of an expert took
-    /// the same share of it.
-    ///
-    /// # Panics
-    /// If `load` has not one entry per logical expert.
+    /// the same share of it. An expert without an entry has no load.
     pub fn predicted(load: &[u64], table: &ReplicaTable, placement: &ExpertPlacement) -> Self {
-        assert_eq!(load.len(), table.num_logical(), "one load per logical expert");
         let share = |&expert: &u32| {
             let expert = expert as usize;
-            load[expert] as f64 / table.replicas_of(expert).len() as f64
+            load.get(expert).map_or(0.0, |&load| load as f64) / table.replicas_of(expert).len() as f64
         };
         Self::sum(table.physical_to_logical().iter().map(share), placement)
     }

@@ -246,12 +246,9 @@ impl ReplicaTable {
         Ok(())
     }
 
-    /// Sums what slots have counted by the expert in them, `[physical]` to `[logical]`.
-    ///
-    /// # Panics
-    /// If `load` has not one entry per slot.
+    /// Sums what slots have counted by the expert in them, `[physical]` to `[logical]`. A slot without an entry has
+    /// counted nothing.
     pub fn logical_load(&self, load: &[u64]) -> Vec<u64> {
-        assert_eq!(load.len(), self.num_physical(), "one load per slot");
         let mut sums = vec![0; self.num_logical()];
         self.logical.iter().zip(load).for_each(|(&expert, load)| sums[expert as usize] += load);
         sums
