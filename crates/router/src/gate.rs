@@ -71,6 +71,27 @@ pub fn gate_logits(hidden: TensorView<'_>, gate: TensorView<'_>, mut out: Tensor
     }
 }
 
+/// Adds a gate's `bias`, `[num_experts]`, to every token's logits (gpt-oss).
+///
+/// `logits` is `[tokens, num_experts]` f32 on the host with contiguous rows.
+///
+/// # Errors
+/// As [`gate_logits`].
+pub fn add_gate_bias(bias: &[f32], mut logits: TensorViewMut<'_>) -> Result<()> {
+    let &[tokens, experts] = logits.dims() else {
+        return Err(Error::contract(Stage::Router, BACKEND, format!("logits of {:?}", logits.dims())));
+    };
+    if experts != bias.len() {
+        let why = format!("logits {:?} and a bias of {} experts", logits.dims(), bias.len());
+        return Err(Error::contract(Stage::Router, BACKEND, why));
+    }
+    for token in 0..tokens {
+        let row = logits.row_mut::<f32>(token).map_err(contract)?;
+        row.iter_mut().zip(bias).for_each(|(logit, bias)| *logit += bias);
+    }
+    Ok(())
+}
+
 /// The factor on a shared expert's output, `out = sigmoid(hidden · weightᵀ)` (Qwen2-MoE).
 ///
 /// `hidden` is `[tokens, hidden]`, `weight` `[1, hidden]`, `out` `[tokens, 1]` f32; the rest as in
@@ -335,6 +356,17 @@ mod tests {
         .unwrap();
         assert!((out[0] - 0.731_058_6).abs() < 1e-6);
         assert_eq!(out[1..], [0.5, 0.0]);
+    }
+
+    #[test]
+    fn the_bias_is_added_to_every_token() {
+        let mut logits = [1.0f32, 2.0, 3.0, -1.0, -2.0, -3.0];
+        let view = TensorViewMut::from_slice(&mut logits, DType::F32, &[2, 3]).unwrap();
+        add_gate_bias(&[0.5, 0.0, -8.0], view).unwrap();
+        assert_eq!(logits, [1.5, 2.0, -5.0, -0.5, -2.0, -11.0]);
+        let view = TensorViewMut::from_slice(&mut logits, DType::F32, &[3, 2]).unwrap();
+        let refused = add_gate_bias(&[0.0; 3], view).unwrap_err();
+        assert_eq!(refused.kind, fused_moe_core::ErrorKind::Contract);
     }
 
     #[rstest]

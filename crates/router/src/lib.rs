@@ -48,6 +48,6 @@ pub mod simulate;
 mod slots;
 
 pub use config::RoutingError;
-pub use gate::{gate_logits, shared_expert_gate};
+pub use gate::{add_gate_bias, gate_logits, shared_expert_gate};
 pub use host::HostRouter;
 pub use slots::{HashTable, SharedSlots};
