@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::path::Path;
 
 use arbitrary::{Result, Unstructured};
+use fused_moe_core::DType;
 use moe_checkpoint::{Checkpoint, CheckpointError, Matrix, MoeLayer, WeightScale};
 use tempfile::TempDir;
 
@@ -148,7 +149,9 @@ fn read_layer(layer: &MoeLayer<'_>) -> std::result::Result<usize, CheckpointErro
         ] {
             assert_eq!((matrix.rows(), matrix.cols()), (rows, cols));
             touch(matrix.values());
-            assert_eq!(matrix.values().dtype().is_fp8(), matrix.scale().is_some());
+            let dtype = matrix.values().dtype();
+            assert_eq!(dtype.is_fp8() || dtype == DType::Fp4E2M1x2, matrix.scale().is_some());
+            assert_eq!(matrix.bias().map(<[f32]>::len), model.bias.then_some(rows));
             if let Some(scale) = matrix.scale() {
                 check_scale(scale, rows, cols);
             }
@@ -173,7 +176,7 @@ fn touch(matrix: &Matrix<'_>) {
     }
 }
 
-fn check_scale(scale: &WeightScale, rows: usize, cols: usize) {
+fn check_scale(scale: &WeightScale<'_>, rows: usize, cols: usize) {
     for (row, col) in [(0, 0), (rows - 1, cols - 1)] {
         let value = scale.at(row, col, cols);
         assert!(value.is_finite() && value >= 0.0, "scale {value}");

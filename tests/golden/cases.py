@@ -1,6 +1,6 @@
 """The table of golden cases: one tiny random model per row.
 
-Sizes are chosen so that all files together stay below 6 MB. `config` holds the
+Sizes are chosen so that all files together stay below 7 MB. `config` holds the
 keyword arguments of the family's transformers config class; keys not given keep
 the class's defaults.
 """
@@ -31,7 +31,7 @@ class Case:
     notes: str
     layer: int = 0
     tokens: int = 13
-    # "none", "fp8-block" or "fp8-ptpc".
+    # "none", "fp8-block", "fp8-ptpc", "fp8-per-tensor-static", "mxfp4" or "nvfp4".
     quant: str = "none"
     # Data type of the weight scales on disk: "f32" or "bf16".
     scale_dtype: str = "f32"
@@ -87,6 +87,25 @@ def _deepseek_v3(*sizes, **more):
     )
 
 
+def _gpt_oss(experts, top_k, hidden, inter, **more):
+    return dict(
+        _COMMON, **_ATTENTION, hidden_size=hidden, intermediate_size=inter,
+        num_local_experts=experts, num_experts_per_tok=top_k, **more,
+    )
+
+
+def _qwen3_5(experts, top_k, hidden, inter, **more):
+    text = dict(
+        _COMMON, **_ATTENTION, hidden_size=hidden, moe_intermediate_size=inter, num_experts=experts,
+        num_experts_per_tok=top_k, layer_types=["full_attention"] * 2, **more,
+    )
+    vision = dict(
+        depth=1, hidden_size=16, intermediate_size=16, num_heads=1, out_hidden_size=hidden,
+        num_position_embeddings=16,
+    )
+    return dict(text_config=text, vision_config=vision)
+
+
 _CASES = [
     Case("mixtral", "mixtral", _mixtral(8, 2, 128, 40), layer=1,
          notes="second layer asked for; the first is absent from the checkpoint"),
@@ -133,6 +152,18 @@ _CASES = [
     Case("deepseek_v3_fp8_ptpc_f32", "deepseek_v3",
          _deepseek_v3(8, 3, 160, 80, norm_topk_prob=False), layer=1, quant="fp8-ptpc",
          notes="weight_scale in f32; weights not renormalised"),
+    Case("gpt_oss", "gpt_oss", _gpt_oss(8, 4, 64, 32, swiglu_limit=1.0), layer=1,
+         notes="transposed, gate and up alternate, biases, hidden = 2 * intermediate, a limit that cuts"),
+    Case("gpt_oss_mxfp4", "gpt_oss", _gpt_oss(8, 4, 128, 96), quant="mxfp4",
+         notes="blocks, scales, biases; dequantised by transformers itself"),
+    Case("qwen3_5_moe_packed", "qwen3_5_moe",
+         _qwen3_5(8, 3, 128, 32, shared_expert_intermediate_size=48), per_expert=False,
+         notes="packed, under model.language_model with a nested text_config; gated shared expert"),
+    Case("qwen3_moe_nvfp4", "qwen3_moe", _qwen(8, 2, 128, 64, norm_topk_prob=True), quant="nvfp4",
+         notes="as ModelOpt writes it; input scales differ between experts: the largest counts"),
+    Case("mixtral_fp8_static", "mixtral", _mixtral(8, 2, 160, 48), layer=1,
+         quant="fp8-per-tensor-static",
+         notes="per-tensor weight_scale and input_scale, which differs between experts and projections"),
 ]
 
 CASES = [Case(**{**case.__dict__, "seed": 1000 + i}) for i, case in enumerate(_CASES)]

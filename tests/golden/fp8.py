@@ -9,6 +9,8 @@ import ml_dtypes
 import numpy as np
 import torch
 
+import fp4
+
 E4M3FN_MAX = 448.0
 BLOCK = 128
 
@@ -38,6 +40,8 @@ def quantise_weight(weight, quant, scale_dtype):
             torch.stack([weight[r : r + BLOCK, c : c + BLOCK].abs().max() for c in range(0, k, BLOCK)])
             for r in range(0, n, BLOCK)
         ])
+    elif quant == "fp8-per-tensor-static":
+        amax = weight.abs().max()
     else:
         amax = weight.abs().amax(dim=1, keepdim=True)
     stored = scale_of(amax).to(scale_dtype)
@@ -47,12 +51,17 @@ def quantise_weight(weight, quant, scale_dtype):
     return codes, stored, codes.float() * full
 
 
-def fake_quantise_activation(x, quant):
+def fake_quantise_activation(x, quant, scale=None):
     """`x` (f32, [T, K]) quantised and dequantised, as f64.
 
     One scale per token and group of 128 channels (the last group may be shorter) for
-    "fp8-block", one per token for "fp8-ptpc".
+    "fp8-block", one per token for "fp8-ptpc"; `scale` for "fp8-per-tensor-static" and, beside
+    one per group, for "nvfp4".
     """
+    if quant == "nvfp4":
+        return fp4.fake_quantise_activation(x, scale)
+    if quant == "fp8-per-tensor-static":
+        return codes_of(x, scale).double() * scale.double()
     group = BLOCK if quant == "fp8-block" else x.shape[1]
     parts = []
     for start in range(0, x.shape[1], group):
@@ -62,14 +71,15 @@ def fake_quantise_activation(x, quant):
     return torch.cat(parts, dim=1)
 
 
-def quantised_mlp(x, gate, up, down, quant):
+def quantised_mlp(x, gate, up, down, quant, scales=(None, None)):
     """SwiGLU MLP in f64 whose activations are quantised before both matrix products.
 
-    The output of the activation is rounded to bf16 before its quantisation.
+    The output of the activation is rounded to bf16 before its quantisation. `scales` are those of
+    the two activations, where they are static.
     """
-    xq = fake_quantise_activation(x, quant)
+    xq = fake_quantise_activation(x, quant, scales[0])
     act = torch.nn.functional.silu(xq @ gate.double().T) * (xq @ up.double().T)
-    return fake_quantise_activation(act.bfloat16().float(), quant) @ down.double().T
+    return fake_quantise_activation(act.bfloat16().float(), quant, scales[1]) @ down.double().T
 
 
 def codec_vectors(seed):

@@ -37,7 +37,7 @@ pub enum Command {
 pub enum Quant {
     /// As the checkpoint stores them.
     Auto,
-    /// bf16; an FP8 checkpoint is dequantised at load.
+    /// bf16; an FP8 or FP4 checkpoint is dequantised at load.
     None,
     /// FP8, one scale per tensor; a bf16 checkpoint is quantised at load.
     Fp8PerTensor,
@@ -45,6 +45,12 @@ pub enum Quant {
     Fp8Ptpc,
     /// FP8, one scale per 128x128 block and per 1x128 group; a bf16 checkpoint is quantised at load.
     Fp8Block,
+    /// FP8, one scale per tensor for weights and activations, both from the checkpoint, which must have them.
+    Fp8PerTensorStatic,
+    /// FP4 weights with one scale per 32 columns, bf16 activations, of a checkpoint that is so.
+    Mxfp4,
+    /// FP4 weights and activations with two levels of scales, of a checkpoint that is so.
+    Nvfp4,
 }
 
 /// What a rank is.

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail};
-use fused_moe::router::{HostRouter, gate_logits, shared_expert_gate};
+use fused_moe::router::{HostRouter, add_gate_bias, gate_logits, shared_expert_gate};
 use fused_moe::transport::{Endpoint, ThreadOptions, Traffic, run_ranks, transport_of};
 use fused_moe::{
     Call, DType, Error, ErrorKind, ExecCx, FusedMoEKernel, KernelBytes, Logits, Overlap, ProcessGroup, Rank,
@@ -186,6 +186,9 @@ impl<'l> RankRun<'l> {
         let mut logits = vec![0f32; tokens * table.num_logical()];
         let dims = [tokens, table.num_logical()];
         gate_logits(x, gate, TensorViewMut::from_slice(&mut logits, DType::F32, &dims)?)?;
+        if let Some(bias) = self.layer.stored.gate_bias() {
+            add_gate_bias(bias, TensorViewMut::from_slice(&mut logits, DType::F32, &dims)?)?;
+        }
         let logits = TensorView::from_slice(&logits, DType::F32, &dims)?;
         let mut topk_ids = vec![0i32; tokens * top_k];
         let mut topk_weights = vec![0f32; tokens * top_k];

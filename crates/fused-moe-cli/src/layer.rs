@@ -2,8 +2,8 @@
 
 use anyhow::{Context, anyhow};
 use fused_moe::{
-    Activation, BackendOptions, DType, DeviceKind, ExpertMatrices, ExpertPlacement, ExpertWeights, Fp8Format,
-    MoeConfig, Plan, QuantScheme, Rank, Registry, RoutingConfig, RoutingMethod, Selection, Survey,
+    BackendOptions, DType, DeviceKind, ExpertMatrices, ExpertPlacement, ExpertWeights, Fp8Format, MoeConfig,
+    Plan, QuantScheme, Rank, Registry, RoutingConfig, RoutingMethod, Selection, Survey,
 };
 use moe_checkpoint::{Checkpoint, ExpertTensors, MoeLayer};
 use rayon::prelude::*;
@@ -24,7 +24,33 @@ pub fn scheme(quant: Quant, stored: QuantScheme) -> QuantScheme {
         Quant::Fp8PerTensor => QuantScheme::Fp8PerTensor(Fp8Format::E4M3Fn),
         Quant::Fp8Ptpc => QuantScheme::Fp8Ptpc(Fp8Format::E4M3Fn),
         Quant::Fp8Block => QuantScheme::Fp8Block(Fp8Format::E4M3Fn),
+        Quant::Fp8PerTensorStatic => QuantScheme::Fp8PerTensorStatic(Fp8Format::E4M3Fn),
+        Quant::Mxfp4 => QuantScheme::Mxfp4,
+        Quant::Nvfp4 => QuantScheme::Nvfp4,
     }
+}
+
+/// The same for the shared experts, which a calibration may have left as they were.
+pub fn shared_scheme(quant: Quant, stored: QuantScheme) -> QuantScheme {
+    match quant {
+        Quant::Fp8PerTensorStatic | Quant::Mxfp4 | Quant::Nvfp4 => stored,
+        _ => scheme(quant, stored),
+    }
+}
+
+/// Refuses what no loading can do: only bf16 is quantised here, and not to schemes that need a calibration or a format
+/// of their own.
+fn check_conversion(stored: QuantScheme, wanted: QuantScheme) -> Result<(), Failure> {
+    let quantises =
+        matches!(wanted, QuantScheme::Fp8PerTensor(_) | QuantScheme::Fp8Ptpc(_) | QuantScheme::Fp8Block(_));
+    if wanted == stored
+        || wanted == QuantScheme::Unquantized
+        || stored == QuantScheme::Unquantized && quantises
+    {
+        return Ok(());
+    }
+    let why = if stored == QuantScheme::Unquantized { ", only run as a checkpoint stores it" } else { "" };
+    refused(format!("--quant: the weights are {stored}, which cannot be turned into {wanted}{why}"))
 }
 
 /// The layer that the arguments name.
@@ -48,16 +74,18 @@ pub fn config(layer: &MoeLayer<'_>, args: &LayerArgs, max_tokens: usize) -> Resu
         return refused(format!("--gpus-per-node {node} does not divide --ep-size {ranks}"));
     }
     let model = layer.model();
+    let quant = scheme(args.quant, layer.scheme());
+    check_conversion(layer.scheme(), quant)?;
     Ok(MoeConfig {
         hidden: model.hidden,
         intermediate: model.intermediate,
         top_k: model.top_k(),
         max_tokens_per_rank: max_tokens.max(1),
         in_dtype: DType::Bf16,
-        quant: scheme(args.quant, layer.scheme()),
-        activation: Activation::Silu,
+        quant,
+        activation: model.activation,
         apply_router_weight_on_input: false,
-        expert_bias: false,
+        expert_bias: model.bias,
         padding: Default::default(),
         redundant_experts: 0,
         routing: Some(layer.routing()),
@@ -114,8 +142,10 @@ pub fn load(
     ranks
         .iter()
         .map(|&rank| {
-            let slots = config.placement.experts_of(rank).map(|slot| slot.0 as usize);
-            let stored = slots.map(|slot| layer.expert(table.physical_to_logical()[slot] as usize));
+            let slots: Vec<_> = config.placement.experts_of(rank).map(|slot| slot.0 as usize).collect();
+            // In parallel, as reading transposes where a family stores the transpose.
+            let stored =
+                slots.par_iter().map(|&slot| layer.expert(table.physical_to_logical()[slot] as usize));
             let stored: Vec<ExpertTensors<'_>> = stored.collect::<Result<_, _>>().or_refused()?;
             let experts: Vec<LoadedExpert<'_>> = stored
                 .par_iter()
@@ -189,7 +219,7 @@ pub fn load_shared(
     quant: Quant,
 ) -> Result<Option<SharedLayer>, Failure> {
     let Some(shared) = layer.shared_experts().or_refused()? else { return Ok(None) };
-    let scheme = scheme(quant, shared.mlp.scheme());
+    let scheme = shared_scheme(quant, shared.mlp.scheme());
     let config = shared_config(config, shared.mlp.gate.rows(), scheme)?;
     let provider = registry.experts(experts).or_refused()?;
     let expert = LoadedExpert::new(&shared.mlp, scheme).or_refused()?;

@@ -90,7 +90,7 @@ pub fn verify(subject: &Subject<'_>, hidden: &HiddenStates, run: &LayerRun) -> a
     let mut output = routed.clone();
     if let Some(shared) = stored.shared_experts()? {
         let mlp = [shared.mlp];
-        let scheme = layer::scheme(quant, mlp[0].gate.scheme());
+        let scheme = layer::shared_scheme(quant, mlp[0].gate.scheme());
         let expert = loaded(&mlp, scheme)?;
         let views = self::views(&expert)?;
         let ids = vec![0; hidden.tokens];

@@ -152,17 +152,19 @@ pub enum CheckpointError {
         /// Its element type.
         found: String,
     },
-    /// An FP8 weight without a scale.
-    #[error("{}: FP8 tensor {tensor} has no scale, wanted one of {wanted}", path.display())]
+    /// An FP8 or FP4 weight without one of its scales.
+    #[error("{}: {dtype} tensor {tensor} has no scale, wanted one of {wanted}", path.display())]
     MissingScale {
         /// The weight.
         tensor: String,
+        /// `FP8` or `FP4`.
+        dtype: &'static str,
         /// Its file.
         path: PathBuf,
         /// Names that its scale could have.
         wanted: String,
     },
-    /// A scale beside a weight that is not FP8.
+    /// A scale beside a weight that has no use for it.
     #[error("tensor {tensor} of {dtype} has a scale {scale}, wanted none")]
     UnexpectedScale {
         /// The weight.
@@ -172,8 +174,12 @@ pub enum CheckpointError {
         /// The scale.
         scale: String,
     },
-    /// Scales of the activations that were fixed when the model was quantised.
-    #[error("{what}: static activation scales are not supported, wanted dynamic ones")]
+    /// Scales of the activations that were fixed when the model was quantised, where the weights are neither FP8
+    /// with one scale per tensor nor NVFP4.
+    #[error(
+        "{what}: static activation scales go with NVFP4 and with FP8 of one weight scale per tensor, wanted \
+         dynamic ones"
+    )]
     StaticActivationScale {
         /// The tensor or the key that says so.
         what: String,
@@ -189,6 +195,28 @@ pub enum CheckpointError {
         first: String,
         /// Its scheme.
         wanted: QuantScheme,
+    },
+    /// The tensors contradict what the checkpoint says about itself.
+    #[error("tensor {tensor} is quantised as {found}, the configuration declares {declared}")]
+    ConflictingSchemes {
+        /// The first matrix of the layer.
+        tensor: String,
+        /// Its scheme.
+        found: QuantScheme,
+        /// What `quantization_config` or `hf_quant_config.json` says.
+        declared: QuantScheme,
+    },
+    /// Rows that cannot be cut into whole scale groups.
+    #[error("{}: tensor {tensor} has {cols} columns, wanted a multiple of {group}, which share a scale", path.display())]
+    UnevenGroups {
+        /// The tensor.
+        tensor: String,
+        /// Its file.
+        path: PathBuf,
+        /// Columns of the matrix.
+        cols: usize,
+        /// Columns that share a scale.
+        group: usize,
     },
     /// A scale or a bias that is not a usable number.
     #[error("{}: tensor {tensor} holds {value} at index {index}, wanted {wanted}", path.display())]

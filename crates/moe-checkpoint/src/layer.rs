@@ -10,9 +10,13 @@ use safetensors::tensor::Dtype;
 use crate::config::{Config, MAX_CONFIG_BYTES, read_object};
 use crate::error::{CheckpointError, Result};
 use crate::files::TensorFiles;
-use crate::matrix::{Matrix, SmallTensor, WeightMatrix};
+use crate::matrix::{Allowed, Matrix, SmallTensor};
 use crate::model::{ModelFamily, MoeModel};
-use crate::weight::{Found, PackedPart, Wanted, find};
+use crate::names::{Names, mlp};
+use crate::projection::WeightMatrix;
+use crate::quantization::with_modelopt_file;
+use crate::wanted::{Wanted, bad_shape};
+use crate::weight::{Found, find};
 
 /// An open checkpoint folder: `config.json`, and `model.safetensors` or shards with an index.
 ///
@@ -45,7 +49,8 @@ impl Checkpoint {
         let dir = dir.as_ref();
         let path = dir.join("config.json");
         let object = read_object(&path, MAX_CONFIG_BYTES)?;
-        let model = MoeModel::from_config(&Config::new(&path, &object))?;
+        let mut model = MoeModel::from_config(&Config::new(&path, &object))?;
+        model.declared_scheme = with_modelopt_file(dir, model.declared_scheme)?;
         Ok(Self { dir: dir.to_owned(), model, files: TensorFiles::open(dir)?, reads: Mutex::default() })
     }
 
@@ -59,7 +64,8 @@ impl Checkpoint {
         &self.model
     }
 
-    /// Layer `layer`, after checking by the files' headers that all its tensors are there and fit.
+    /// Layer `layer`, after checking by the files' headers that all its tensors are there and fit. Of their values
+    /// only biases of the router and static activation scales, one number per matrix, are read.
     ///
     /// # Errors
     /// [`CheckpointError::NotAMoeLayer`], and the errors of any of its tensors.
@@ -80,7 +86,9 @@ pub struct MoeLayer<'c> {
     layer: usize,
     names: Names,
     scheme: QuantScheme,
+    input_scales: InputScales,
     gate: Matrix<'c>,
+    gate_bias: Option<Vec<f32>>,
     correction_bias: Option<Vec<f32>>,
 }
 
@@ -111,79 +119,6 @@ impl ExpertTensors<'_> {
     }
 }
 
-/// The names of a layer's tensors.
-#[derive(Debug)]
-struct Names {
-    /// `model.layers.3.mlp.`
-    prefix: String,
-    /// Gate, up and down of an expert in tensors of their own; `None` if the experts are packed.
-    projections: Option<[&'static str; 3]>,
-}
-
-impl Names {
-    fn detect(files: &TensorFiles, family: ModelFamily, layer: usize) -> Result<Self> {
-        let (blocks, projections): (&[&str], _) = match family {
-            // transformers 5 holds Mixtral's block under `mlp` and writes it so when it packs the experts.
-            ModelFamily::Mixtral => (&["block_sparse_moe", "mlp"], ["w1", "w3", "w2"]),
-            _ => (&["mlp"], ["gate_proj", "up_proj", "down_proj"]),
-        };
-        // A model saved without its language head has no `model.` in front.
-        let prefixes: Vec<String> = ["model.", ""]
-            .iter()
-            .flat_map(|root| blocks.iter().map(move |block| format!("{root}layers.{layer}.{block}.")))
-            .collect();
-        let mut present = prefixes.iter().filter(|prefix| files.contains(&format!("{prefix}gate.weight")));
-        // Without any, the first is the name that the error should have.
-        let prefix = present.next().unwrap_or(&prefixes[0]).clone();
-        if let Some(other) = present.next() {
-            return Err(CheckpointError::Ambiguous {
-                what: format!("layer {layer}"),
-                why: format!("both {prefix}gate.weight and {other}gate.weight are there"),
-            });
-        }
-        let packed = format!("{prefix}experts.gate_up_proj");
-        let own = format!("{prefix}experts.0.{}.weight", projections[0]);
-        match (files.contains(&packed), files.contains(&own)) {
-            (true, true) => Err(CheckpointError::Ambiguous {
-                what: format!("the experts of layer {layer}"),
-                why: format!("both {packed} and {own} are there"),
-            }),
-            (true, false) => Ok(Self { prefix, projections: None }),
-            (false, _) => Ok(Self { prefix, projections: Some(projections) }),
-        }
-    }
-
-    /// Where gate, up and down of `expert` should be.
-    fn expert(&self, expert: usize, model: &MoeModel) -> [Wanted; 3] {
-        let (hidden, intermediate) = (model.hidden, model.intermediate);
-        let experts = format!("{}experts", self.prefix);
-        if let Some(names) = self.projections {
-            return mlp(&format!("{experts}.{expert}"), names, hidden, intermediate);
-        }
-        let part = |first_row, total_rows| PackedPart {
-            expert,
-            num_experts: model.num_experts(),
-            first_row,
-            total_rows,
-        };
-        let gate_up = format!("{experts}.gate_up_proj");
-        [
-            Wanted::packed(&gate_up, intermediate, hidden, part(0, 2 * intermediate)),
-            Wanted::packed(&gate_up, intermediate, hidden, part(intermediate, 2 * intermediate)),
-            Wanted::packed(&format!("{experts}.down_proj"), hidden, intermediate, part(0, hidden)),
-        ]
-    }
-}
-
-fn mlp(base: &str, names: [&str; 3], hidden: usize, intermediate: usize) -> [Wanted; 3] {
-    let [gate, up, down] = names.map(|name| format!("{base}.{name}"));
-    [
-        Wanted::own(&gate, intermediate, hidden),
-        Wanted::own(&up, intermediate, hidden),
-        Wanted::own(&down, hidden, intermediate),
-    ]
-}
-
 /// Finds the projections of one MLP, which must be quantised alike.
 fn find_mlp<'c>(
     files: &'c TensorFiles,
@@ -210,21 +145,47 @@ fn check_same_scheme(first: &Found<'_>, other: &Found<'_>) -> Result<()> {
     })
 }
 
-fn read_mlp(found: [Found<'_>; 3]) -> Result<ExpertTensors<'_>> {
+/// Schemes that need to know something of the activations are declared wherever they are in use, and so must agree
+/// with a declaration. FP8 with dynamic scales is told by the tensors alone. Layers may be left out of either.
+fn check_declared(first: &Found<'_>, declared: QuantScheme) -> Result<()> {
+    let found = first.scheme();
+    let is_strict = |scheme| {
+        matches!(scheme, QuantScheme::Mxfp4 | QuantScheme::Nvfp4 | QuantScheme::Fp8PerTensorStatic(_))
+    };
+    let unquantized = [found, declared].contains(&QuantScheme::Unquantized);
+    if found == declared || unquantized || !(is_strict(found) || is_strict(declared)) {
+        return Ok(());
+    }
+    Err(CheckpointError::ConflictingSchemes { tensor: first.tensor().to_owned(), found, declared })
+}
+
+/// Static scales of what gemm1 and gemm2 read: the largest of the matrices that share them.
+#[derive(Clone, Copy, Debug, Default)]
+struct InputScales {
+    gemm1: Option<f32>,
+    gemm2: Option<f32>,
+}
+
+impl InputScales {
+    fn include(&mut self, [gate, up, down]: &[Found<'_>; 3]) -> Result<()> {
+        let larger = |a: Option<f32>, b: Option<f32>| a.into_iter().chain(b).reduce(f32::max);
+        self.gemm1 = larger(self.gemm1, larger(gate.input_scale()?, up.input_scale()?));
+        self.gemm2 = larger(self.gemm2, down.input_scale()?);
+        Ok(())
+    }
+}
+
+fn read_mlp(found: [Found<'_>; 3], scales: InputScales) -> Result<ExpertTensors<'_>> {
     let [gate, up, down] = found;
-    Ok(ExpertTensors { gate: gate.read()?, up: up.read()?, down: down.read()? })
+    let (gate, up) = (gate.read(scales.gemm1)?, up.read(scales.gemm1)?);
+    Ok(ExpertTensors { gate, up, down: down.read(scales.gemm2)? })
 }
 
 /// A matrix that is never quantised: bf16 or f32.
 fn unquantized<'c>(files: &'c TensorFiles, name: &str, shape: [usize; 2]) -> Result<Matrix<'c>> {
     let stored = files.get(name)?;
     if stored.shape != shape {
-        return Err(CheckpointError::BadShape {
-            tensor: name.to_owned(),
-            path: stored.path.to_owned(),
-            wanted: format!("{shape:?}"),
-            found: stored.shape.to_vec(),
-        });
+        return Err(bad_shape(name, &stored, format!("{shape:?}")));
     }
     let dtype = match stored.dtype {
         Dtype::BF16 => DType::Bf16,
@@ -252,19 +213,28 @@ impl<'c> MoeLayer<'c> {
             });
         }
         let names = Names::detect(files, model.family, layer)?;
-        let gate_name = format!("{}gate.weight", names.prefix);
-        let gate = unquantized(files, &gate_name, [model.num_experts(), model.hidden])?;
-        let correction_bias = correction_bias(files, model, &names)?;
+        let gate = unquantized(files, &names.router("weight"), [model.num_experts(), model.hidden])?;
+        let per_expert = |name: String| small_vector(files, &name, model.num_experts());
+        let gate_bias = model.bias.then(|| per_expert(names.router("bias"))).transpose()?;
+        let correction_bias = (model.family == ModelFamily::DeepSeekV3)
+            .then(|| per_expert(names.router("e_score_correction_bias")))
+            .transpose()?;
         let mut first: Option<Found<'_>> = None;
+        let mut input_scales = InputScales::default();
         for expert in 0..model.num_experts() {
-            let [gate, ..] = find_mlp(files, names.expert(expert, model), model.declared_scheme)?;
+            let found = find_mlp(files, names.expert(expert, model), model.declared_scheme)?;
+            input_scales.include(&found)?;
+            let [gate, ..] = found;
             match &first {
                 Some(first) => check_same_scheme(first, &gate)?,
                 None => first = Some(gate),
             }
         }
-        let scheme = first.map_or(QuantScheme::Unquantized, |found| found.scheme());
-        let layer = Self { checkpoint, layer, names, scheme, gate, correction_bias };
+        let scheme = first.as_ref().map_or(QuantScheme::Unquantized, Found::scheme);
+        if let Some(first) = &first {
+            check_declared(first, model.declared_scheme)?;
+        }
+        let layer = Self { checkpoint, layer, names, scheme, input_scales, gate, gate_bias, correction_bias };
         layer.find_shared()?;
         Ok(layer)
     }
@@ -287,6 +257,11 @@ impl<'c> MoeLayer<'c> {
     /// The router's weight, `[num_experts, hidden]` bf16 or f32.
     pub fn gate(&self) -> &Matrix<'c> {
         &self.gate
+    }
+
+    /// What is added to the router's logits, `[num_experts]` (gpt-oss).
+    pub fn gate_bias(&self) -> Option<&[f32]> {
+        self.gate_bias.as_deref()
     }
 
     /// DeepSeek-V3's `e_score_correction_bias`, `[num_experts]`.
@@ -313,7 +288,7 @@ impl<'c> MoeLayer<'c> {
         let wanted = self.names.expert(expert, model);
         let found = find_mlp(&self.checkpoint.files, wanted, model.declared_scheme)?;
         let bytes: u64 = found.iter().map(Found::bytes).sum();
-        let tensors = read_mlp(found)?;
+        let tensors = read_mlp(found, self.input_scales)?;
         let mut reads = self.checkpoint.reads.lock().unwrap_or_else(PoisonError::into_inner);
         reads.experts.insert((layer, expert));
         reads.bytes += bytes;
@@ -326,7 +301,9 @@ impl<'c> MoeLayer<'c> {
     /// As [`MoeLayer::expert`].
     pub fn shared_experts(&self) -> Result<Option<SharedExperts<'c>>> {
         let Some((found, sigmoid_gate)) = self.find_shared()? else { return Ok(None) };
-        Ok(Some(SharedExperts { mlp: read_mlp(found)?, sigmoid_gate }))
+        let mut scales = InputScales::default();
+        scales.include(&found)?;
+        Ok(Some(SharedExperts { mlp: read_mlp(found, scales)?, sigmoid_gate }))
     }
 
     fn find_shared(&self) -> Result<Option<([Found<'c>; 3], Option<Matrix<'c>>)>> {
@@ -343,7 +320,7 @@ impl<'c> MoeLayer<'c> {
             return Ok(None);
         };
         let base = match model.family {
-            ModelFamily::Qwen2Moe => format!("{prefix}shared_expert"),
+            ModelFamily::Qwen2Moe | ModelFamily::Qwen3_5Moe => format!("{prefix}shared_expert"),
             _ => format!("{prefix}shared_experts"),
         };
         let projections = ["gate_proj", "up_proj", "down_proj"];
@@ -357,20 +334,11 @@ impl<'c> MoeLayer<'c> {
     }
 }
 
-fn correction_bias(files: &TensorFiles, model: &MoeModel, names: &Names) -> Result<Option<Vec<f32>>> {
-    if model.family != ModelFamily::DeepSeekV3 {
-        return Ok(None);
+/// A tensor of `len` finite values.
+fn small_vector(files: &TensorFiles, name: &str, len: usize) -> Result<Vec<f32>> {
+    let stored = files.get(name)?;
+    if stored.shape != [len] {
+        return Err(bad_shape(name, &stored, format!("[{len}]")));
     }
-    let name = format!("{}gate.e_score_correction_bias", names.prefix);
-    let stored = files.get(&name)?;
-    if stored.shape != [model.num_experts()] {
-        return Err(CheckpointError::BadShape {
-            tensor: name,
-            path: stored.path.to_owned(),
-            wanted: format!("[{}]", model.num_experts()),
-            found: stored.shape.to_vec(),
-        });
-    }
-    let bias = SmallTensor { name: &name, path: stored.path, dtype: stored.dtype, bytes: stored.bytes };
-    bias.to_f32(false).map(Some)
+    SmallTensor { name, path: stored.path, dtype: stored.dtype, bytes: stored.bytes }.to_f32(Allowed::Finite)
 }

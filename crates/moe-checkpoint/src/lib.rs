@@ -2,9 +2,10 @@
 //!
 //! [`Checkpoint::open`] reads `config.json` into a [`MoeModel`] and maps the safetensors files;
 //! [`Checkpoint::layer`] checks one MoE layer by the headers alone; [`MoeLayer::expert`] gives the projections of
-//! one routed expert. Six families ([`ModelFamily`]); experts in tensors of their own or packed; bf16, f16 and
-//! f32, and FP8 E4M3 with one scale per 128x128 block, per output channel or per tensor. The scheme of a matrix
-//! is told by its element type and its scale.
+//! one routed expert. Eight families ([`ModelFamily`]); experts in tensors of their own or packed; bf16, f16 and
+//! f32; FP8 E4M3 with one scale per 128x128 block, per output channel or per tensor, the last also with static
+//! activation scales; MXFP4 as gpt-oss stores it and NVFP4 as ModelOpt does. The scheme of a matrix is told by its
+//! element type and its scales.
 //!
 //! ```no_run
 //! use moe_checkpoint::Checkpoint;
@@ -28,10 +29,14 @@ mod files;
 mod layer;
 mod matrix;
 mod model;
+mod names;
+mod projection;
 mod quantization;
+mod wanted;
 mod weight;
 
 pub use error::{CheckpointError, Result};
 pub use layer::{Checkpoint, ExpertTensors, MoeLayer, Reads, SharedExperts};
-pub use matrix::{Matrix, WeightMatrix, WeightScale};
+pub use matrix::Matrix;
 pub use model::{ModelFamily, MoeModel, SharedExpertShape};
+pub use projection::{WeightMatrix, WeightScale};

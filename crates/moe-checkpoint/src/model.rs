@@ -1,6 +1,6 @@
 //! What `config.json` says about the MoE layers of a model.
 
-use fused_moe_core::{ExpertGroups, QuantScheme, RoutingConfig, RoutingMethod};
+use fused_moe_core::{Activation, ExpertGroups, QuantScheme, RoutingConfig, RoutingMethod};
 
 use crate::config::Config;
 use crate::error::Result;
@@ -8,6 +8,9 @@ use crate::quantization::declared_scheme;
 
 /// Most layers of a model. Layers are enumerated, so a config must not make them billions.
 const MAX_LAYERS: usize = 1 << 14;
+
+/// The `model_type` of Qwen3.5-MoE's language model alone.
+const QWEN3_5_MOE_TEXT: &str = "qwen3_5_moe_text";
 
 /// A family of models, by `model_type`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -25,17 +28,23 @@ pub enum ModelFamily {
     DeepSeekV2,
     /// `deepseek_v3` (V3, V3.1, R1).
     DeepSeekV3,
+    /// `qwen3_5_moe` with the language model's keys in `text_config`, or `qwen3_5_moe_text` with them at the top.
+    Qwen3_5Moe,
+    /// `gpt_oss`.
+    GptOss,
 }
 
 impl ModelFamily {
     /// All families that can be read.
-    pub const ALL: [ModelFamily; 6] = [
+    pub const ALL: [ModelFamily; 8] = [
         ModelFamily::Mixtral,
         ModelFamily::Qwen2Moe,
         ModelFamily::Qwen3Moe,
         ModelFamily::Olmoe,
         ModelFamily::DeepSeekV2,
         ModelFamily::DeepSeekV3,
+        ModelFamily::Qwen3_5Moe,
+        ModelFamily::GptOss,
     ];
 
     /// The family's `model_type`.
@@ -47,7 +56,16 @@ impl ModelFamily {
             ModelFamily::Olmoe => "olmoe",
             ModelFamily::DeepSeekV2 => "deepseek_v2",
             ModelFamily::DeepSeekV3 => "deepseek_v3",
+            ModelFamily::Qwen3_5Moe => "qwen3_5_moe",
+            ModelFamily::GptOss => "gpt_oss",
         }
+    }
+
+    fn of_model_type(model_type: &str) -> Option<Self> {
+        if model_type == QWEN3_5_MOE_TEXT {
+            return Some(ModelFamily::Qwen3_5Moe);
+        }
+        Self::ALL.into_iter().find(|family| family.model_type() == model_type)
     }
 }
 
@@ -62,7 +80,7 @@ impl std::fmt::Display for ModelFamily {
 pub struct SharedExpertShape {
     /// Rows of its gate and up projections (all shared experts together, where a model has several).
     pub intermediate: usize,
-    /// Whether its output is multiplied with sigmoid(x · gateᵀ) (Qwen2-MoE).
+    /// Whether its output is multiplied with sigmoid(x · gateᵀ) (Qwen2-MoE, Qwen3.5-MoE).
     pub sigmoid_gate: bool,
 }
 
@@ -80,6 +98,10 @@ pub struct MoeModel {
     pub routing: RoutingConfig,
     /// The shared experts of every MoE layer, if there are any.
     pub shared_expert: Option<SharedExpertShape>,
+    /// What happens between an expert's two products.
+    pub activation: Activation,
+    /// Whether the router and every projection of the experts have a bias.
+    pub bias: bool,
     /// What `quantization_config` declares. The tensors of a layer decide: [`crate::MoeLayer::scheme`].
     pub declared_scheme: QuantScheme,
     /// Layers of the model, dense ones included, without multi-token-prediction layers.
@@ -143,10 +165,14 @@ impl MoeModel {
 
     pub(crate) fn from_config(config: &Config<'_>) -> Result<Self> {
         let model_type = config.required_text("model_type")?;
-        let Some(family) = ModelFamily::ALL.into_iter().find(|f| f.model_type() == model_type) else {
+        let Some(family) = ModelFamily::of_model_type(model_type) else {
             let known = ModelFamily::ALL.map(ModelFamily::model_type).join(", ");
-            return Err(config.bad("model_type", format!("one of {known}")));
+            return Err(config.bad("model_type", format!("one of {known}, {QWEN3_5_MOE_TEXT}")));
         };
+        let declared_scheme = declared_scheme(config)?;
+        // A model of several modalities describes its language model in an object of its own.
+        let text = if model_type == "qwen3_5_moe" { config.nested("text_config")? } else { None };
+        let config = text.as_ref().unwrap_or(config);
         if !matches!(config.text("hidden_act")?, None | Some("silu" | "swish")) {
             return Err(config.bad("hidden_act", "\"silu\""));
         }
@@ -154,7 +180,9 @@ impl MoeModel {
             return Err(config.bad("mlp_bias", "false"));
         }
         let intermediate = match family {
-            ModelFamily::Mixtral | ModelFamily::Olmoe => config.size(&["intermediate_size"])?,
+            ModelFamily::Mixtral | ModelFamily::Olmoe | ModelFamily::GptOss => {
+                config.size(&["intermediate_size"])?
+            }
             _ => config.size(&["moe_intermediate_size"])?,
         };
         let num_layers = config.size(&["num_hidden_layers"])?;
@@ -167,7 +195,9 @@ impl MoeModel {
             intermediate,
             routing: routing(config, family)?,
             shared_expert: shared_expert(config, family, intermediate)?,
-            declared_scheme: declared_scheme(config)?,
+            activation: activation(config, family)?,
+            bias: family == ModelFamily::GptOss,
+            declared_scheme,
             num_layers,
             layers: layer_rule(config, family)?,
         })
@@ -177,7 +207,10 @@ impl MoeModel {
 /// Missing keys mean what transformers' config class of the family means by them.
 fn routing(config: &Config<'_>, family: ModelFamily) -> Result<RoutingConfig> {
     let num_experts = config.size(&["num_experts", "num_local_experts", "n_routed_experts"])?;
-    let top_k = config.size(&["num_experts_per_tok"])?;
+    let top_k = match family {
+        ModelFamily::GptOss => config.size(&["num_experts_per_tok", "experts_per_token"])?,
+        _ => config.size(&["num_experts_per_tok"])?,
+    };
     if top_k > num_experts {
         return Err(
             config.bad("num_experts_per_tok", format!("at most {num_experts}, the number of experts"))
@@ -195,6 +228,9 @@ fn routing(config: &Config<'_>, family: ModelFamily) -> Result<RoutingConfig> {
     };
     match family {
         ModelFamily::Mixtral => Ok(plain(true)),
+        // Its configuration class has no `norm_topk_prob`: the router always renormalises.
+        ModelFamily::Qwen3_5Moe => Ok(plain(true)),
+        ModelFamily::GptOss => Ok(RoutingConfig { method: RoutingMethod::Renormalize, ..plain(true) }),
         ModelFamily::Qwen2Moe | ModelFamily::Qwen3Moe | ModelFamily::Olmoe => {
             Ok(plain(norm.unwrap_or(false)))
         }
@@ -264,7 +300,7 @@ fn shared_expert(
     intermediate: usize,
 ) -> Result<Option<SharedExpertShape>> {
     match family {
-        ModelFamily::Qwen2Moe => {
+        ModelFamily::Qwen2Moe | ModelFamily::Qwen3_5Moe => {
             let intermediate = config.size(&["shared_expert_intermediate_size"])?;
             Ok(Some(SharedExpertShape { intermediate, sigmoid_gate: true }))
         }
@@ -282,15 +318,26 @@ fn shared_expert(
             };
             Ok((count > 0).then_some(SharedExpertShape { intermediate, sigmoid_gate: false }))
         }
-        ModelFamily::Mixtral | ModelFamily::Qwen3Moe | ModelFamily::Olmoe => Ok(None),
+        ModelFamily::Mixtral | ModelFamily::Qwen3Moe | ModelFamily::Olmoe | ModelFamily::GptOss => Ok(None),
     }
+}
+
+fn activation(config: &Config<'_>, family: ModelFamily) -> Result<Activation> {
+    if family != ModelFamily::GptOss {
+        return Ok(Activation::Silu);
+    }
+    let read = |key: &str, default: f32| match config.number(key)? {
+        Some(number) if number <= 0.0 => Err(config.bad(key, "a number above 0")),
+        number => Ok(number.unwrap_or(default)),
+    };
+    Ok(Activation::SwigluOai { alpha: read("swiglu_alpha", 1.702)?, limit: read("swiglu_limit", 7.0)? })
 }
 
 fn layer_rule(config: &Config<'_>, family: ModelFamily) -> Result<LayerRule> {
     let all = LayerRule { first: 0, step: 1, offset: 0, dense: Vec::new() };
     let step = |key: &str| if config.has(key) { config.size(&[key]) } else { Ok(1) };
     match family {
-        ModelFamily::Mixtral | ModelFamily::Olmoe => Ok(all),
+        ModelFamily::Mixtral | ModelFamily::Olmoe | ModelFamily::Qwen3_5Moe | ModelFamily::GptOss => Ok(all),
         ModelFamily::Qwen2Moe | ModelFamily::Qwen3Moe => {
             let mut dense = config.counts("mlp_only_layers")?.unwrap_or_default();
             dense.sort_unstable();

@@ -5,11 +5,17 @@
 
 use fused_moe_core::{BLOCK, Fp8Format, QuantScheme};
 
-use crate::config::Config;
+use std::path::Path;
+
+use crate::config::{Config, MAX_CONFIG_BYTES, read_object};
 use crate::error::{CheckpointError, Result};
+use crate::projection::NV_GROUP;
 
 /// The values of `quant_method` that can be read.
-const KNOWN_METHODS: &str = "fp8, compressed-tensors";
+const KNOWN_METHODS: &str = "fp8, compressed-tensors, modelopt, mxfp4";
+
+/// Where ModelOpt writes what it did, beside or instead of `quantization_config`.
+const MODELOPT_FILE: &str = "hf_quant_config.json";
 
 /// The scheme that `config` declares; [`QuantScheme::Unquantized`] without a `quantization_config`.
 pub(crate) fn declared_scheme(config: &Config<'_>) -> Result<QuantScheme> {
@@ -19,26 +25,30 @@ pub(crate) fn declared_scheme(config: &Config<'_>) -> Result<QuantScheme> {
     match quantization.required_text("quant_method")? {
         "fp8" => fp8(&quantization),
         "compressed-tensors" => compressed_tensors(&quantization),
+        "modelopt" | "modelopt_fp4" => modelopt(&quantization),
+        "mxfp4" => Ok(QuantScheme::Mxfp4),
         _ => Err(quantization.bad("quant_method", format!("one of {KNOWN_METHODS}"))),
     }
 }
 
 /// DeepSeek's and Qwen's own FP8 checkpoints.
 fn fp8(quantization: &Config<'_>) -> Result<QuantScheme> {
-    match quantization.text("activation_scheme")? {
-        None | Some("dynamic") => {}
-        Some("static") => {
-            let what = format!("{} = \"static\"", quantization.name("activation_scheme"));
-            return Err(CheckpointError::StaticActivationScale { what });
-        }
-        Some(_) => return Err(quantization.bad("activation_scheme", "\"dynamic\"")),
-    }
+    let is_static = match quantization.text("activation_scheme")? {
+        None | Some("dynamic") => false,
+        Some("static") => true,
+        Some(_) => return Err(quantization.bad("activation_scheme", "\"dynamic\" or \"static\"")),
+    };
     if !matches!(quantization.text("fmt")?, None | Some("e4m3" | "float8_e4m3fn")) {
         return Err(quantization.bad("fmt", "\"e4m3\""));
     }
     // `scale_fmt` "ue8m0" restricts the scales to powers of two; as f32 they are scales like any other.
     match quantization.counts("weight_block_size")? {
+        None if is_static => Ok(QuantScheme::Fp8PerTensorStatic(Fp8Format::E4M3Fn)),
         None => Ok(QuantScheme::Fp8PerTensor(Fp8Format::E4M3Fn)),
+        Some(_) if is_static => {
+            let what = format!("{} = \"static\" with blocks", quantization.name("activation_scheme"));
+            Err(CheckpointError::StaticActivationScale { what })
+        }
         Some(block) if block == [BLOCK, BLOCK] => Ok(QuantScheme::Fp8Block(Fp8Format::E4M3Fn)),
         Some(_) => Err(quantization.bad("weight_block_size", format!("[{BLOCK}, {BLOCK}]"))),
     }
@@ -78,15 +88,20 @@ fn compressed_group(group: &Config<'_>) -> Result<QuantScheme> {
             return Err(quantised.bad("symmetric", "true"));
         }
     }
-    if let Some(activations) = group.nested("input_activations")? {
-        if activations.flag("dynamic")? != Some(true) {
-            let what = activations.name("dynamic");
-            return Err(CheckpointError::StaticActivationScale { what });
-        }
-    } else {
+    let Some(activations) = group.nested("input_activations")? else {
         return Err(group.bad("input_activations", "an object (weight-only FP8 is not supported)"));
-    }
+    };
+    let is_static = activations.flag("dynamic")? != Some(true);
     match weights.text("strategy")? {
+        Some("tensor") if is_static => {
+            if !matches!(activations.text("strategy")?, None | Some("tensor")) {
+                return Err(activations.bad("strategy", "\"tensor\" with \"dynamic\": false"));
+            }
+            Ok(QuantScheme::Fp8PerTensorStatic(Fp8Format::E4M3Fn))
+        }
+        Some(_) if is_static => {
+            Err(CheckpointError::StaticActivationScale { what: activations.name("dynamic") })
+        }
         Some("channel") => Ok(QuantScheme::Fp8Ptpc(Fp8Format::E4M3Fn)),
         Some("tensor") => Ok(QuantScheme::Fp8PerTensor(Fp8Format::E4M3Fn)),
         Some("block") => match weights.counts("block_structure")? {
@@ -97,4 +112,41 @@ fn compressed_group(group: &Config<'_>) -> Result<QuantScheme> {
         },
         _ => Err(weights.bad("strategy", "one of \"channel\", \"tensor\", \"block\"")),
     }
+}
+
+/// ModelOpt's own words, in `quantization_config` or under `quantization` of its file.
+fn modelopt(quantization: &Config<'_>) -> Result<QuantScheme> {
+    if quantization.count(&["group_size"])?.is_some_and(|size| size != NV_GROUP) {
+        return Err(quantization.bad("group_size", format!("{NV_GROUP}")));
+    }
+    match quantization.required_text("quant_algo")? {
+        "NVFP4" => Ok(QuantScheme::Nvfp4),
+        "FP8" => Ok(QuantScheme::Fp8PerTensorStatic(Fp8Format::E4M3Fn)),
+        _ => Err(quantization.bad("quant_algo", "\"NVFP4\" or \"FP8\"")),
+    }
+}
+
+/// The scheme of the checkpoint in `dir`, whose `config.json` declares `declared`: ModelOpt may say it in a file of
+/// its own.
+pub(crate) fn with_modelopt_file(dir: &Path, declared: QuantScheme) -> Result<QuantScheme> {
+    let path = dir.join(MODELOPT_FILE);
+    if !path.exists() {
+        return Ok(declared);
+    }
+    let object = read_object(&path, MAX_CONFIG_BYTES)?;
+    let file = Config::new(&path, &object);
+    let Some(quantization) = file.nested("quantization")? else { return Ok(declared) };
+    // A model that was calibrated but not quantised.
+    if !quantization.has("quant_algo") {
+        return Ok(declared);
+    }
+    let scheme = modelopt(&quantization)?;
+    if declared != QuantScheme::Unquantized && declared != scheme {
+        return Err(CheckpointError::ConflictingKeys {
+            path,
+            first: format!("quantization.quant_algo = {scheme}"),
+            second: format!("quantization_config of config.json = {declared}"),
+        });
+    }
+    Ok(scheme)
 }

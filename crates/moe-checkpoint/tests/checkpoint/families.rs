@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 
 use fused_moe_core::{ExpertGroups, Fp8Format, QuantScheme, RoutingMethod};
 use half::bf16;
-use moe_checkpoint::{Checkpoint, SharedExpertShape, WeightMatrix, WeightScale};
+use moe_checkpoint::{Checkpoint, Matrix, ModelFamily, SharedExpertShape, WeightMatrix, WeightScale};
 use rstest::rstest;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::fixture::*;
 
@@ -15,18 +15,27 @@ fn assert_projection(fixture: &Fixture, base: &str, matrix: &WeightMatrix<'_>) {
     let name = format!("{base}.weight");
     let tensor = &fixture.tensors[&name];
     assert_eq!(matrix.name(), name);
-    assert_eq!(tensor.shape, [matrix.rows(), matrix.cols()]);
-    let view = matrix.values().view();
-    let rows: Vec<u8> = (0..matrix.rows()).flat_map(|row| view.row_bytes(row).unwrap().to_vec()).collect();
-    assert!(rows == tensor.bytes, "{name} differs");
+    let pairs = if tensor.dtype == safetensors::Dtype::U8 { 2 } else { 1 };
+    assert_eq!(tensor.shape, [matrix.rows(), matrix.cols() / pairs]);
+    assert!(bytes(matrix.values()) == tensor.bytes, "{name} differs");
     let stored = |suffix: &str| floats(&fixture.tensors[&format!("{name}{suffix}")]);
     match matrix.scale() {
-        None => assert!(!tensor.dtype.eq(&safetensors::Dtype::F8_E4M3)),
+        None => assert!(!matches!(tensor.dtype, safetensors::Dtype::F8_E4M3 | safetensors::Dtype::U8)),
         Some(WeightScale::Block128(scales)) => assert_eq!(*scales, stored("_scale_inv")),
         Some(WeightScale::PerChannel(scales)) => assert_eq!(*scales, stored("_scale")),
         Some(WeightScale::PerTensor(scale)) => assert_eq!([*scale], *stored("_scale")),
+        Some(WeightScale::Nv16 { blocks, global }) => {
+            assert_eq!(bytes(blocks), fixture.tensors[&format!("{name}_scale")].bytes);
+            assert_eq!([*global], *stored("_scale_2"));
+        }
         Some(other) => panic!("unknown scale {other:?}"),
     }
+}
+
+/// All bytes of a matrix, without the gaps between its rows.
+fn bytes(matrix: &Matrix<'_>) -> Vec<u8> {
+    let view = matrix.view();
+    (0..matrix.rows()).flat_map(|row| view.row_bytes(row).unwrap().to_vec()).collect()
 }
 
 fn floats(tensor: &Tensor) -> Vec<f32> {
@@ -45,6 +54,8 @@ fn floats(tensor: &Tensor) -> Vec<f32> {
 #[case::qwen3_block(qwen3(Weights::Block), QuantScheme::Fp8Block(Fp8Format::E4M3Fn), HF)]
 #[case::qwen3_channel(qwen3(Weights::Channel), QuantScheme::Fp8Ptpc(Fp8Format::E4M3Fn), HF)]
 #[case::qwen3_tensor(qwen3(Weights::PerTensor), QuantScheme::Fp8PerTensor(Fp8Format::E4M3Fn), HF)]
+#[case::qwen3_static(qwen3(Weights::Static), QuantScheme::Fp8PerTensorStatic(Fp8Format::E4M3Fn), HF)]
+#[case::qwen3_nvfp4(qwen3(Weights::Nvfp4), QuantScheme::Nvfp4, HF)]
 #[case::olmoe(olmoe(), QuantScheme::Unquantized, HF)]
 #[case::deepseek_v2(deepseek(2, Weights::Bf16), QuantScheme::Unquantized, HF)]
 #[case::deepseek_v3(deepseek(3, Weights::Block), QuantScheme::Fp8Block(Fp8Format::E4M3Fn), HF)]
@@ -118,7 +129,7 @@ fn packed_experts_are_gate_rows_then_up_rows(#[case] intermediate: usize, #[case
                         (format!("{name}_scale_inv"), (expert * n + row / 128) * k + col / 128)
                     }
                     Weights::Channel => (format!("{name}.weight_scale"), expert * total + row),
-                    Weights::PerTensor => (format!("{name}_scale"), expert),
+                    _ => (format!("{name}_scale"), expert),
                 };
                 Some(floats(stored(&scales))[at])
             };
@@ -142,6 +153,165 @@ fn a_single_row_has_the_scale_that_the_config_declares() {
     }
     assert!(fixture.error().ends_with("one layer has one scheme"), "without a declaration it is either");
     read_all(fixture.set("quantization_config", declared).write().path()).unwrap();
+}
+
+/// The bf16 values of `columns` columns, and of one of them.
+fn column(tensor: &Tensor, expert: usize, column: usize) -> Vec<f32> {
+    let [_, rows, columns] = tensor.shape[..] else { panic!() };
+    floats(tensor)[expert * rows * columns..][..rows * columns]
+        .iter()
+        .skip(column)
+        .step_by(columns)
+        .copied()
+        .collect()
+}
+
+#[test]
+fn bf16_gpt_oss_is_transposed_with_alternating_gate_and_up() {
+    let fixture = gpt_oss(false);
+    let dir = fixture.write();
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let layer = checkpoint.layer(LAYER).unwrap();
+    assert_eq!(layer.scheme(), QuantScheme::Unquantized);
+    assert_eq!(layer.gate_bias().unwrap(), floats(&fixture.tensors[&format!("{BLOCK}.router.bias")]));
+    for expert in 0..EXPERTS {
+        let tensors = layer.expert(expert).unwrap();
+        for (matrix, name, first, step) in [
+            (&tensors.gate, "gate_up_proj", 0, 2),
+            (&tensors.up, "gate_up_proj", 1, 2),
+            (&tensors.down, "down_proj", 0, 1),
+        ] {
+            let stored = &fixture.tensors[&format!("{BLOCK}.experts.{name}")];
+            let bias = &fixture.tensors[&format!("{BLOCK}.experts.{name}_bias")];
+            let values = matrix.values().view();
+            for row in 0..matrix.rows() {
+                let at = first + row * step;
+                let got: Vec<f32> = values.row::<bf16>(row).unwrap().iter().map(|x| x.to_f32()).collect();
+                assert_eq!(got, column(stored, expert, at), "{name} {row}");
+                assert_eq!(matrix.bias().unwrap()[row], floats(bias)[expert * bias.shape[1] + at]);
+            }
+            assert_eq!(matrix.bias().unwrap().len(), matrix.rows());
+        }
+        assert_eq!((tensors.gate.rows(), tensors.gate.cols()), (GPT_OSS_INTERMEDIATE, HIDDEN));
+        assert_eq!((tensors.down.rows(), tensors.down.cols()), (HIDDEN, GPT_OSS_INTERMEDIATE));
+    }
+}
+
+#[test]
+fn mxfp4_gpt_oss_is_mapped_with_alternating_gate_and_up() {
+    let fixture = gpt_oss(true).set("quantization_config", json!({"quant_method": "mxfp4"}));
+    let dir = fixture.write();
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let layer = checkpoint.layer(LAYER).unwrap();
+    assert_eq!(
+        (layer.scheme(), checkpoint.model().declared_scheme),
+        (QuantScheme::Mxfp4, QuantScheme::Mxfp4)
+    );
+    let mut read = 0;
+    for expert in 0..EXPERTS {
+        let tensors = layer.expert(expert).unwrap();
+        for (matrix, name, first, step) in [
+            (&tensors.gate, "gate_up_proj", 0, 2),
+            (&tensors.up, "gate_up_proj", 1, 2),
+            (&tensors.down, "down_proj", 0, 1),
+        ] {
+            let blocks = &fixture.tensors[&format!("{BLOCK}.experts.{name}_blocks")];
+            let scales = &fixture.tensors[&format!("{BLOCK}.experts.{name}_scales")];
+            let bias = &fixture.tensors[&format!("{BLOCK}.experts.{name}_bias")];
+            let Some(WeightScale::Mx32(codes)) = matrix.scale() else { panic!("{:?}", matrix.scale()) };
+            let total = scales.shape[1];
+            for row in 0..matrix.rows() {
+                let at = expert * total + first + row * step;
+                let values = matrix.values().view();
+                let bytes = matrix.cols() / 2;
+                assert_eq!(values.row_bytes(row).unwrap(), &blocks.bytes[at * bytes..][..bytes]);
+                let groups = matrix.cols() / 32;
+                let stored = &scales.bytes[at * groups..][..groups];
+                assert_eq!(codes.view().row_bytes(row).unwrap(), stored);
+                let last = matrix.scale().unwrap().at(row, matrix.cols() - 1, matrix.cols());
+                assert_eq!(last, 2f32.powi(i32::from(stored[groups - 1]) - 127));
+                assert_eq!(matrix.bias().unwrap()[row], floats(bias)[at]);
+            }
+            read += blocks.bytes.len() / EXPERTS / step + scales.bytes.len() / EXPERTS / step;
+            read += bias.bytes.len() / EXPERTS / step;
+        }
+    }
+    assert_eq!(checkpoint.reads().bytes, read as u64);
+}
+
+#[test]
+fn gpt_oss_has_one_layout_whatever_the_shape_allows() {
+    // Hidden is twice the intermediate size, and hidden equals it: both packed tensors are square in turn.
+    for intermediate in [HIDDEN / 2, HIDDEN] {
+        let mut fixture = gpt_oss(false).set("intermediate_size", json!(intermediate));
+        fixture.put_bf16(&format!("{BLOCK}.experts.gate_up_proj"), &[EXPERTS, HIDDEN, 2 * intermediate]);
+        fixture.put_bf16(&format!("{BLOCK}.experts.gate_up_proj_bias"), &[EXPERTS, 2 * intermediate]);
+        fixture.put_bf16(&format!("{BLOCK}.experts.down_proj"), &[EXPERTS, intermediate, HIDDEN]);
+        let dir = fixture.write();
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        let up = checkpoint.layer(LAYER).unwrap().expert(1).unwrap().up;
+        let stored = &fixture.tensors[&format!("{BLOCK}.experts.gate_up_proj")];
+        let row: Vec<f32> = up.values().view().row::<bf16>(3).unwrap().iter().map(|x| x.to_f32()).collect();
+        assert_eq!(row, column(stored, 1, 7));
+    }
+}
+
+#[test]
+fn qwen3_5_is_read_out_of_a_larger_model() {
+    let fixture = qwen3_5();
+    let dir = fixture.write();
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let model = checkpoint.model();
+    assert_eq!((model.family, model.moe_layers_in_words().as_str()), (ModelFamily::Qwen3_5Moe, "0..=3"));
+    assert_eq!(model.routing.method, RoutingMethod::RenormalizeNaive);
+    assert_eq!(model.shared_expert, Some(SharedExpertShape { intermediate: 96, sigmoid_gate: true }));
+    read_all(dir.path()).unwrap();
+    // The language model alone.
+    let mut text = qwen3_5();
+    text.config = text.config["text_config"].take();
+    text.tensors =
+        text.tensors.into_iter().map(|(n, t)| (n.replace("model.language_model.", "model."), t)).collect();
+    read_all(text.write().path()).unwrap();
+}
+
+#[rstest]
+#[case::fp8(Weights::Static, json!({"quant_method": "fp8", "activation_scheme": "static"}))]
+#[case::fp8_undeclared(Weights::Static, json!(null))]
+#[case::compressed(Weights::Static, json!({"quant_method": "compressed-tensors", "config_groups": {"g": {
+    "weights": {"strategy": "tensor"}, "input_activations": {"dynamic": false, "strategy": "tensor"}}}}))]
+#[case::modelopt(Weights::Static, json!({"quant_method": "modelopt", "quant_algo": "FP8"}))]
+#[case::nvfp4(Weights::Nvfp4, json!({"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}))]
+#[case::nvfp4_undeclared(Weights::Nvfp4, json!(null))]
+fn the_input_scale_is_the_layers_largest(#[case] weights: Weights, #[case] declared: Value) {
+    let dir = qwen3(weights).set("quantization_config", declared).write();
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let layer = checkpoint.layer(LAYER).unwrap();
+    assert!(checkpoint.reads().experts.is_empty());
+    for expert in 0..EXPERTS {
+        let tensors = layer.expert(expert).unwrap();
+        // Written first: expert 0's gate, up and down, with 1, 1/2 and 1/3.
+        let scales = [&tensors.gate, &tensors.up, &tensors.down].map(|m| m.input_scale().unwrap());
+        assert_eq!(scales, [1.0, 1.0, 1.0 / 3.0]);
+    }
+}
+
+#[test]
+fn modelopt_may_declare_in_a_file_of_its_own() {
+    let dir = qwen3(Weights::Nvfp4).write();
+    let file = dir.path().join("hf_quant_config.json");
+    let declare = |quantization: Value| {
+        let object = json!({"producer": {"name": "modelopt"}, "quantization": quantization});
+        std::fs::write(&file, object.to_string()).unwrap();
+        Checkpoint::open(dir.path()).map(|checkpoint| checkpoint.model().declared_scheme)
+    };
+    let scheme = declare(json!({"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "group_size": 16}));
+    assert_eq!(scheme.unwrap(), QuantScheme::Nvfp4);
+    assert_eq!(declare(json!({"quant_algo": null})).unwrap(), QuantScheme::Unquantized);
+    let refused = declare(json!({"quant_algo": "W4A16_AWQ"})).unwrap_err().to_string();
+    assert!(
+        refused.ends_with("quantization.quant_algo is \"W4A16_AWQ\", wanted \"NVFP4\" or \"FP8\""),
+        "{refused}"
+    );
 }
 
 #[test]
@@ -210,6 +380,7 @@ fn other_types_are_rounded_to_bf16() {
 #[case::qwen3_as_it_is(qwen3(Weights::Bf16).set("norm_topk_prob", json!(false)), RoutingMethod::Default, "1, 3", 1.0)]
 #[case::qwen2(qwen2(), RoutingMethod::Default, "1", 1.0)]
 #[case::olmoe(olmoe(), RoutingMethod::Default, "0, 1", 1.0)]
+#[case::gpt_oss(gpt_oss(true), RoutingMethod::Renormalize, "0, 1", 1.0)]
 #[case::v2(deepseek(2, Weights::Bf16), RoutingMethod::GroupLimitedSoftmax, "1..=5", 2.5)]
 #[case::v2_greedy(
     deepseek(2, Weights::Bf16).set("topk_method", json!("greedy")).set("n_group", json!(null)),

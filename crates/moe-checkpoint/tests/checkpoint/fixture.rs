@@ -1,6 +1,7 @@
 //! Tiny random checkpoints on disk, as a table of tensors that a test may change before it is written.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 use half::bf16;
@@ -13,6 +14,8 @@ use tempfile::TempDir;
 
 pub const HIDDEN: usize = 160;
 pub const INTERMEDIATE: usize = 48;
+/// A multiple of 32; twice it is not [`HIDDEN`].
+pub const GPT_OSS_INTERMEDIATE: usize = 64;
 pub const EXPERTS: usize = 4;
 pub const LAYER: usize = 1;
 
@@ -43,6 +46,10 @@ pub enum Weights {
     Block,
     Channel,
     PerTensor,
+    /// As [`Weights::PerTensor`], with a scale of the activations that is `1 / n` for the n-th matrix.
+    Static,
+    /// ModelOpt's, with such a scale too.
+    Nvfp4,
 }
 
 /// A checkpoint before it is written.
@@ -74,9 +81,18 @@ impl Fixture {
     }
 
     pub fn put_codes(&mut self, name: &str, shape: &[usize]) {
-        let bytes = (0..shape.iter().product()).map(|_| self.rng.random_range(0..0x7f)).collect();
-        let tensor = Tensor { dtype: Dtype::F8_E4M3, shape: shape.to_vec(), bytes };
-        self.tensors.insert(name.to_owned(), tensor);
+        self.put_bytes(name, shape, Dtype::F8_E4M3, 0..=0x7e);
+    }
+
+    pub fn put_bytes(&mut self, name: &str, shape: &[usize], dtype: Dtype, range: RangeInclusive<u8>) {
+        let bytes = (0..shape.iter().product()).map(|_| self.rng.random_range(range.clone())).collect();
+        self.tensors.insert(name.to_owned(), Tensor { dtype, shape: shape.to_vec(), bytes });
+    }
+
+    fn put_input_scale(&mut self, base: &str) {
+        let others = self.tensors.keys().filter(|name| name.ends_with(".input_scale")).count();
+        let scale = Tensor::f32(&[], &[1.0 / (others + 1) as f32]);
+        self.tensors.insert(format!("{base}.input_scale"), scale);
     }
 
     /// A projection `<base>.weight` with its scale.
@@ -85,9 +101,22 @@ impl Fixture {
         if weights == Weights::Bf16 {
             return self.put_bf16(&name, &[rows, cols]);
         }
-        self.put_codes(&name, &[rows, cols]);
+        if weights == Weights::Nvfp4 {
+            self.put_bytes(&name, &[rows, cols / 2], Dtype::U8, 0..=0xff);
+        } else {
+            self.put_codes(&name, &[rows, cols]);
+        }
         match weights {
             Weights::Bf16 => {}
+            Weights::Nvfp4 => {
+                self.put_bytes(&format!("{name}_scale"), &[rows, cols / 16], Dtype::F8_E4M3, 0..=0x7e);
+                self.put_f32(&format!("{name}_scale_2"), &[]);
+                self.put_input_scale(base);
+            }
+            Weights::Static => {
+                self.put_bf16(&format!("{name}_scale"), &[]);
+                self.put_input_scale(base);
+            }
             Weights::Block => {
                 self.put_f32(&format!("{name}_scale_inv"), &[rows.div_ceil(128), cols.div_ceil(128)]);
             }
@@ -205,6 +234,51 @@ pub fn qwen2() -> Fixture {
     fixture
 }
 
+/// Qwen3.5 as the hub has it: the language model is part of a larger one. Its experts are packed.
+pub fn qwen3_5() -> Fixture {
+    let mut text = qwen2().set("moe_intermediate_size", json!(INTERMEDIATE));
+    text.tensors.retain(|name, _| !name.contains(".experts."));
+    let packed = packed(INTERMEDIATE, Weights::Bf16).tensors;
+    let all = packed.into_iter().chain(text.tensors);
+    let config = text.config.as_object_mut().unwrap();
+    config.retain(|key, _| !matches!(key.as_str(), "decoder_sparse_step" | "mlp_only_layers"));
+    config.insert("model_type".into(), json!("qwen3_5_moe_text"));
+    let mut fixture =
+        Fixture::empty(json!({"model_type": "qwen3_5_moe", "text_config": text.config, "vision_config": {}}));
+    fixture.tensors =
+        all.map(|(name, tensor)| (name.replace("model.", "model.language_model."), tensor)).collect();
+    fixture
+}
+
+/// gpt-oss in bf16, or in MXFP4 `blocks`.
+pub fn gpt_oss(blocks: bool) -> Fixture {
+    let mut fixture = Fixture::empty(json!({
+        "model_type": "gpt_oss", "hidden_size": HIDDEN, "intermediate_size": GPT_OSS_INTERMEDIATE,
+        "num_local_experts": EXPERTS, "experts_per_token": 2, "num_hidden_layers": 2, "swiglu_limit": 5.0,
+        "hidden_act": "silu",
+    }));
+    fixture.put_bf16(&format!("{BLOCK}.router.weight"), &[EXPERTS, HIDDEN]);
+    fixture.put_bf16(&format!("{BLOCK}.router.bias"), &[EXPERTS]);
+    for (name, rows, cols) in
+        [("gate_up_proj", 2 * GPT_OSS_INTERMEDIATE, HIDDEN), ("down_proj", HIDDEN, GPT_OSS_INTERMEDIATE)]
+    {
+        let name = format!("{BLOCK}.experts.{name}");
+        fixture.put_bf16(&format!("{name}_bias"), &[EXPERTS, rows]);
+        if blocks {
+            fixture.put_bytes(
+                &format!("{name}_blocks"),
+                &[EXPERTS, rows, cols / 32, 16],
+                Dtype::U8,
+                0..=0xff,
+            );
+            fixture.put_bytes(&format!("{name}_scales"), &[EXPERTS, rows, cols / 32], Dtype::U8, 0..=0xfe);
+        } else {
+            fixture.put_bf16(&name, &[EXPERTS, cols, rows]);
+        }
+    }
+    fixture
+}
+
 pub fn mixtral() -> Fixture {
     let mut fixture = Fixture::empty(json!({
         "model_type": "mixtral", "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE,
@@ -241,7 +315,7 @@ pub fn packed(intermediate: usize, weights: Weights) -> Fixture {
                 fixture.put_f32(&format!("{name}_scale_inv"), &shape);
             }
             Weights::Channel => fixture.put_f32(&format!("{name}.weight_scale"), &[EXPERTS, rows, 1]),
-            Weights::PerTensor => fixture.put_bf16(&format!("{name}_scale"), &[EXPERTS]),
+            _ => fixture.put_bf16(&format!("{name}_scale"), &[EXPERTS]),
         }
     }
     fixture
