@@ -14,8 +14,8 @@ use fused_moe::{
     Fp8Format, FusedMoEKernel, ModularKernel, MoeConfig, Overlap, PrepareInput, ProcessGroup, QuantScheme,
     Rank, Registry, RouterWeight, Selection, Stream, TensorView, TensorViewMut, TopK, Workspace,
 };
-use moe_conformance::oracle::{InputScales, Layer};
-use moe_conformance::{Case, LayerWeights, RankInput, Seed, compare};
+use moe_conformance::oracle::{InputScales, Layer, RankTokens};
+use moe_conformance::{Case, LayerWeights, RankInput, Rounding, Seed};
 use rstest::rstest;
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
@@ -63,22 +63,40 @@ impl Fixture {
         Self { registry: fused_moe::default_backends(), comm, weights: case.weights(), case, config, rounds }
     }
 
-    /// Whether the outputs of all ranks are those of the layer without replicas.
-    fn check(&self, round: usize, outputs: &[&[f32]]) -> Result<f64, String> {
-        let ranks: Vec<_> = self.rounds[round].iter().map(RankInput::tokens).collect();
-        let want = Layer {
+    /// Whether the outputs of all ranks under `table` are those of the layer without replicas.
+    ///
+    /// The two differ in whose partial sum a token is in, and with it in what is rounded on the way: the bound is that of
+    /// the layer over slots, whose exact values are those of the layer without replicas.
+    fn check(&self, round: usize, table: &ReplicaTable, outputs: &[&[f32]]) -> Outcome<()> {
+        let logical = self.weights.matrices();
+        let (slots, top_k) = (table.physical_to_logical(), self.config.top_k);
+        let slots: Vec<_> = slots.iter().map(|&expert| logical[expert as usize]).collect();
+        let plain: Vec<_> = self.rounds[round].iter().map(RankInput::tokens).collect();
+        let mut ids: Vec<_> = plain.iter().map(|tokens| tokens.ids.to_vec()).collect();
+        ids.iter_mut().try_for_each(|ids| table.map_in_place(top_k, ids))?;
+        let placed: Vec<_> =
+            plain.iter().zip(&ids).map(|(tokens, ids)| RankTokens { ids, ..*tokens }).collect();
+        let without = Layer {
             shape: self.case.shape(),
             quant: self.case.quant,
             activation: self.case.activation,
             padding: self.case.padding,
             router_weight: RouterWeight::OnOutput,
             input_scales: InputScales::OfSource,
-            experts: &self.weights.matrices(),
+            experts: &logical,
             placement: &self.case.placement,
-            ranks: &ranks,
+            ranks: &plain,
         };
-        let want = want.run().map_err(|e| e.to_string())?.concat();
-        compare(&outputs.concat(), &want, self.case.hidden, self.case.quant).map_err(|far| far.to_string())
+        let with = Layer { experts: &slots, placement: &self.config.placement, ranks: &placed, ..without };
+        let selection = Selection { comm: Some(self.comm), experts: None };
+        let survey = self.registry.survey(&self.config, selection)?;
+        let rounding = Rounding::of_plan(&survey.fitting[0], DType::F32);
+        let expected = with.expected(rounding)?;
+        let far = |(a, b): (&f64, &f64)| (a - b).abs() > 1e-9 * a.abs().max(1e-3);
+        let exact = without.run()?.concat();
+        assert!(!exact.iter().zip(&expected.exact).any(far), "replicas change the layer");
+        expected.check(&outputs.concat(), self.case.hidden)?;
+        Ok(())
     }
 
     /// Runs `body` on every rank with its kernel and the layer as it starts, without any order in its experts.
@@ -231,6 +249,14 @@ fn demand(load: &[u64]) -> Demand<'_> {
     }
 }
 
+/// What one rank has seen.
+struct Observed {
+    outputs: [Vec<f32>; 3],
+    mixed: Vec<f32>,
+    loads: [Vec<u64>; 2],
+    tables: [ReplicaTable; 2],
+}
+
 #[rstest]
 fn a_rebalance_between_two_calls_changes_the_load_and_not_the_outputs(
     #[values("mori_high_throughput", "allgather_reducescatter", "naive", "batched")] comm: &'static str,
@@ -259,16 +285,18 @@ fn a_rebalance_between_two_calls_changes_the_load_and_not_the_outputs(
         assert!(second.iter().zip(&again).all(|(a, b)| a.to_bits() == b.to_bits()), "equal bits");
         // What the old weights give with the new table: a check that cannot fail shows nothing.
         let mixed = engine.call(2, layer.table(), &old.weights)?;
-        Ok(([first, between, second], mixed, [before, after]))
+        let outputs = [first, between, second];
+        Ok(Observed { outputs, mixed, loads: [before, after], tables: [old.table, layer.table().clone()] })
     })?;
-    for round in 0..3 {
-        let outputs: Vec<&[f32]> = ranks.iter().map(|(outputs, ..)| &outputs[round][..]).collect();
-        fixture.check(round, &outputs).map_err(|e| format!("{comm}, round {round}: {e}"))?;
+    let [old, new] = &ranks[0].tables;
+    for (round, table) in [old, old, new].into_iter().enumerate() {
+        let outputs: Vec<&[f32]> = ranks.iter().map(|rank| &rank.outputs[round][..]).collect();
+        fixture.check(round, table, &outputs).map_err(|e| format!("{comm}, round {round}: {e}"))?;
     }
-    let mixed: Vec<&[f32]> = ranks.iter().map(|(_, mixed, _)| &mixed[..]).collect();
-    assert!(fixture.check(2, &mixed).is_err(), "weights of another table pass");
+    let mixed: Vec<&[f32]> = ranks.iter().map(|rank| &rank.mixed[..]).collect();
+    assert!(fixture.check(2, new, &mixed).is_err(), "weights of another table pass");
 
-    let [before, after] = &ranks[0].2;
+    let [before, after] = &ranks[0].loads;
     let pairs: u64 = before.iter().sum();
     let named = fixture.rounds[0].iter().flat_map(|input| &input.ids).filter(|&&id| id != -1).count();
     assert_eq!(pairs, named as u64, "every pair is counted once");
@@ -328,12 +356,14 @@ fn a_rebalance_that_ranks_do_not_agree_on_changes_nothing(
         // The group goes on as if nothing had happened, and can still be rebalanced.
         let before = engine.call(0, layer.table(), layer.weights())?;
         let next = engine.pack(other)?;
-        layer.rebalance(next, &mut [&mut engine.kernel], &engine.group).map_err(|e| e.error)?;
-        Ok([before, engine.call(1, layer.table(), layer.weights())?])
+        let old = layer.rebalance(next, &mut [&mut engine.kernel], &engine.group).map_err(|e| e.error)?;
+        let after = engine.call(1, layer.table(), layer.weights())?;
+        Ok([(before, old.table), (after, layer.table().clone())])
     })?;
     for round in 0..2 {
-        let outputs: Vec<&[f32]> = outputs.iter().map(|rounds| &rounds[round][..]).collect();
-        fixture.check(round, &outputs).map_err(|e| format!("{comm}, round {round}: {e}"))?;
+        let table = &outputs[0][round].1;
+        let outputs: Vec<&[f32]> = outputs.iter().map(|rounds| &rounds[round].0[..]).collect();
+        fixture.check(round, table, &outputs).map_err(|e| format!("{comm}, round {round}: {e}"))?;
     }
     Ok(())
 }

@@ -118,7 +118,7 @@ pub fn run(args: &DemoArgs) -> Result<(), Failure> {
     if failures.is_empty() {
         return Ok(());
     }
-    Err(Failure::Failed(anyhow!("error above the tolerance: {}", failures.join(", "))))
+    Err(Failure::Failed(anyhow!("error above its bound: {}", failures.join(", "))))
 }
 
 /// Normal hidden states in which a few channels are much larger than the others, as in real models.
@@ -137,7 +137,7 @@ struct Demo<'d> {
 }
 
 impl Demo<'_> {
-    /// One row of the table, and whether the error is within the tolerance.
+    /// One row of the table, and whether every element is within its bound.
     fn run(&self, folder: &Path, backend: &str) -> Result<(Vec<String>, bool), Failure> {
         let ranks = self.args.ep_size;
         let args = LayerArgs {

@@ -124,8 +124,8 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         .or_failed()?;
         if let Some(v) = verdict {
             print(format_args!(
-                "error against the oracle: routed {:.2e}, output {:.2e} (at most {:.1e})",
-                v.routed, v.output, v.tolerance
+                "against the oracle: {:.3} of the error bound at worst (relative L2 error: routed {:.2e}, output {:.2e})",
+                v.bound_ratio, v.routed, v.output
             ))
             .or_failed()?;
         }
@@ -136,7 +136,9 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     }
     match verdict {
         Some(v) if !passes => Err(Failure::Failed(anyhow!(
-            "verification failed: relative error routed {:.3e}, output {:.3e}, at most {:.1e} is allowed; {} was not written",
+            "verification failed: an element is {:.3e} times its error bound off (relative L2 error: routed {:.3e}, \
+             output {:.3e}, at most {:.1e} can be right); {} was not written",
+            v.bound_ratio,
             v.routed,
             v.output,
             v.tolerance,

@@ -8,7 +8,7 @@ use fused_moe::{
 use fused_moe::{ExpertMatrices, ExpertPlacement, NO_EXPERT, Plan, QuantScheme, Rank, RouterWeight};
 use moe_checkpoint::{ExpertTensors, MoeLayer};
 use moe_conformance::oracle::{InputScales, Layer, RankTokens, Shape};
-use moe_conformance::{compare, relative_l2, tolerance};
+use moe_conformance::{Expected, Rounding};
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -19,16 +19,18 @@ use crate::layer;
 use crate::tokens::HiddenStates;
 use crate::weights::LoadedExpert;
 
-/// Relative L2 errors against the oracle, which quantises where the layer does.
+/// How far a run is from the oracle, which quantises where the layer does.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Verdict {
-    /// Of the routed experts' output.
+    /// Relative L2 error of the routed experts' output.
     pub routed: f64,
-    /// Of the whole output.
+    /// Relative L2 error of the whole output.
     pub output: f64,
-    /// The largest error that passes; see [`moe_conformance::compare`] for a single row that is further off.
+    /// The largest relative L2 error of the whole output that can pass.
     pub tolerance: f64,
-    /// Whether both are within it.
+    /// Of all elements of both, the largest error in units of the element's own bound; 1 at most if the run is right.
+    pub bound_ratio: f64,
+    /// Whether every element is within its bound.
     pub passes: bool,
 }
 
@@ -65,7 +67,8 @@ pub fn verify(subject: &Subject<'_>, hidden: &HiddenStates, run: &LayerRun) -> a
     check_slots(table, &run.output.topk_ids, &run.slots)?;
     let views: Vec<_> = table.physical_to_logical().iter().map(|&expert| logical[expert as usize]).collect();
     // Where experts quantise per tensor, which rows share a scale depends on what the backend sent them.
-    let mut best: Option<(f64, Vec<f64>)> = None;
+    let rounding = Rounding::of_plan(plan, DType::F32);
+    let mut best: Option<(f64, Expected)> = None;
     for &input_scales in InputScales::of_plan(config.quant, plan) {
         let routed = Layer {
             shape: Shape { hidden: config.hidden, intermediate: config.intermediate, top_k: config.top_k },
@@ -78,16 +81,15 @@ pub fn verify(subject: &Subject<'_>, hidden: &HiddenStates, run: &LayerRun) -> a
             placement: &config.placement,
             ranks: &tokens,
         }
-        .run()?
-        .concat();
-        let error = relative_l2(&run.output.routed, &routed);
-        if best.as_ref().is_none_or(|(least, _)| error < *least) {
-            best = Some((error, routed));
+        .expected(rounding)?;
+        let ratio = routed.compare(&run.output.routed).bound_ratio;
+        if best.as_ref().is_none_or(|(least, _)| ratio < *least) {
+            best = Some((ratio, routed));
         }
     }
-    let (routed_error, routed) = best.context("the oracle has no answer for this plan")?;
+    let (_, mut expected) = best.context("the oracle has no answer for this plan")?;
 
-    let mut output = routed.clone();
+    let routed = expected.compare(&run.output.routed);
     if let Some(shared) = stored.shared_experts()? {
         let mlp = [shared.mlp];
         let scheme = layer::shared_scheme(quant, mlp[0].gate.scheme());
@@ -103,7 +105,7 @@ pub fn verify(subject: &Subject<'_>, hidden: &HiddenStates, run: &LayerRun) -> a
         // Every rank runs the shared experts on its own tokens, so per-tensor scales are per rank here too: one
         // layer per rank.
         let intermediate = mlp[0].gate.rows();
-        let mut at = 0;
+        let mut of_all = Expected::default();
         for part in &parts {
             let mine = Layer {
                 shape: Shape { hidden: config.hidden, intermediate, top_k: 1 },
@@ -120,19 +122,18 @@ pub fn verify(subject: &Subject<'_>, hidden: &HiddenStates, run: &LayerRun) -> a
                     weights: &weights[part.clone()],
                 }],
             }
-            .run()?
-            .concat();
-            output[at..at + mine.len()].iter_mut().zip(&mine).for_each(|(sum, shared)| *sum += shared);
-            at += mine.len();
+            .expected(Rounding { routes: false, ..rounding })?;
+            of_all.append(mine);
         }
+        expected.add(&of_all);
     }
-    let tolerance = tolerance(config.quant);
-    let agrees = |got: &[f32], want: &[f64]| compare(got, want, config.hidden, config.quant).is_ok();
+    let output = expected.compare(&run.output.output);
     Ok(Verdict {
-        routed: routed_error,
-        output: relative_l2(&run.output.output, &output),
-        tolerance,
-        passes: agrees(&run.output.routed, &routed) && agrees(&run.output.output, &output),
+        routed: routed.relative_l2,
+        output: output.relative_l2,
+        tolerance: output.tolerance,
+        bound_ratio: routed.bound_ratio.max(output.bound_ratio),
+        passes: routed.passes() && output.passes(),
     })
 }
 

@@ -198,6 +198,8 @@ fn json_is_one_object(#[values("", "--verify")] verify: &str, #[values(1, 8)] ra
         if let Some(verdict) = report.get("verify") {
             let error = verdict["output"].as_f64().unwrap();
             assert!(error > 0.0 && error <= verdict["tolerance"].as_f64().unwrap(), "{report}");
+            let ratio = verdict["bound_ratio"].as_f64().unwrap();
+            assert!((0.0..=1.0).contains(&ratio), "{report}");
         }
         let rejected = report["rejected"].as_array().unwrap();
         // The experts of the other activation format never fit; of the others only `local` over several ranks.

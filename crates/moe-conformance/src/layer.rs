@@ -8,10 +8,13 @@ use fused_moe_core::{
 use half::bf16;
 use router::HostRouter;
 
+use crate::bound::Rounding;
 use crate::case::{Case, LayerWeights, RankInput};
-use crate::metrics::compare;
 use crate::oracle::{InputScales, Layer};
 use crate::outcome::{Check, Outcome, Settings, chain, fail, on_ranks, supervised};
+
+/// The round whose outputs are bf16; those of the others are f32.
+const IN_BF16: usize = 1;
 
 /// Runs `case` with the backends of `registry` that `selection` allows and compares every output with the oracle.
 ///
@@ -62,7 +65,10 @@ pub(crate) fn check(registry: &Registry, case: &Case, selection: Selection<'_>, 
     })?;
     for (round, (inputs, weights)) in rounds.iter().zip(&layers).enumerate() {
         let got: Vec<&[f32]> = outputs.iter().map(|rounds| rounds[round].as_slice()).collect();
-        agrees(case, plan, (inputs, weights), &got).map_err(|e| e.within(format!("round {round}")))?;
+        let output = if round == IN_BF16 { DType::Bf16 } else { DType::F32 };
+        let rounding = Rounding::of_plan(plan, output);
+        agrees(case, (plan, rounding), (inputs, weights), &got)
+            .map_err(|e| e.within(format!("round {round}")))?;
     }
     Ok(())
 }
@@ -88,7 +94,7 @@ pub(crate) fn refused_by_build(
 /// Checks the outputs of all ranks against the oracle for `plan`.
 fn agrees(
     case: &Case,
-    plan: &Plan,
+    (plan, rounding): (&Plan, Rounding),
     (inputs, weights): (&[RankInput], &LayerWeights),
     got: &[&[f32]],
 ) -> Check {
@@ -112,8 +118,8 @@ fn agrees(
             placement: &case.placement,
             ranks: &tokens,
         };
-        let want = layer.run().or_else(|e| fail(format!("the oracle fails: {e}")))?.concat();
-        match compare(&got.concat(), &want, case.hidden, case.quant) {
+        let expected = layer.expected(rounding).or_else(|e| fail(format!("the oracle fails: {e}")))?;
+        match expected.check(&got.concat(), case.hidden) {
             Ok(_) => return Ok(()),
             Err(far) => verdict = fail(far),
         }
@@ -179,7 +185,7 @@ impl Rank<'_> {
         for (round, which) in [0, 1, 0].into_iter().enumerate() {
             let input = &self.rounds[which][rank.index()];
             let before = input.clone();
-            let output = self.round(&mut kernel, &packed[which], input, which == 1);
+            let output = self.round(&mut kernel, &packed[which], input, which == IN_BF16);
             outputs.push(output.map_err(|e| e.within(format!("round {round}")))?);
             if *input != before {
                 return fail(format!("round {round} changed the caller's tensors"));

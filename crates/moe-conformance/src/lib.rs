@@ -43,6 +43,7 @@ mod seed;
 
 pub mod oracle;
 
+pub mod bound;
 mod case;
 mod metrics;
 mod outcome;
@@ -63,8 +64,9 @@ mod wire;
 
 pub mod saboteurs;
 
+pub use bound::{Agreement, Expected, Rounding, TooFar};
 pub use case::{Case, EP_SIZES, LayerWeights, RankInput, RoutingPattern, SCHEMES, TokenCounts};
-pub use metrics::{TooFar, calc_diff, compare, relative_l2, tolerance};
+pub use metrics::{calc_diff, relative_l2};
 pub use outcome::{Outcome, Settings};
 pub use seed::Seed;
 pub use suite::Suite;

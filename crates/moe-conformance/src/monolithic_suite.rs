@@ -8,11 +8,11 @@ use fused_moe_core::{
 };
 
 use crate::batch::{Batch, Receiver, plan_for, writable};
+use crate::bound::{Combine, Returned, Rounding};
 use crate::case::{Case, RankInput};
 use crate::comm_suite::over;
 use crate::experts_suite::{Poison, Target, layer, local_experts, packing, weight_bytes};
 use crate::layer::{bits, routed};
-use crate::metrics::compare;
 use crate::named::Named;
 use crate::oracle::{ArrivedRows, Codes, RankExperts};
 use crate::outcome::{Check, Outcome, Settings, chain, fail, supervised};
@@ -102,13 +102,14 @@ fn one_batch(
         rank,
     };
     let slots = count * case.top_k;
+    let rounding = Rounding { returned: Returned::PartialSums, output: DType::F32, routes: true };
     let mut verdict = fail("no candidate");
     for values in rows.values(case, rank, Codes::of_gemm1(case.quant, &all)) {
-        let mut want = vec![0.0; count * case.hidden];
         let arrived =
             ArrivedRows { values: &values, ids: &rows.ids[..slots], weights: &rows.weights[..slots] };
-        experts.add_partial(arrived, &mut want).or_else(fail)?;
-        verdict = match compare(&got, &want, case.hidden, case.quant) {
+        let mut combine = Combine::new(rounding, count, case.hidden);
+        combine.add_rank(&experts.outputs(arrived).or_else(fail)?);
+        verdict = match combine.finish().check(&got, case.hidden) {
             Ok(_) => Ok(()),
             Err(far) => fail(far),
         };

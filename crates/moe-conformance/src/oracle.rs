@@ -17,6 +17,8 @@ use fused_moe_core::{
 };
 use half::bf16;
 
+use crate::bound::{Combine, Expected, Returned, Rounding};
+
 pub use activation::activate;
 pub use codec::{Codec, QuantizedRows, dequantize_rows, quantize_rows, quantize_rows_scaled};
 pub(crate) use codes::Codes;
@@ -157,11 +159,29 @@ pub struct Layer<'a> {
 }
 
 impl Layer<'_> {
-    /// The output of every rank, `[tokens, hidden]` each. Work is spread over all cores if there is much.
+    /// The output of every rank, `[tokens, hidden]` each, without the roundings behind gemm2. Work is spread over
+    /// all cores if there is much.
     ///
     /// # Errors
     /// [`OracleError`].
     pub fn run(&self) -> Result<Vec<Vec<f64>>, OracleError> {
+        let rounding = Rounding { returned: Returned::PartialSums, output: DType::F32, routes: false };
+        let Expected { exact, .. } = self.expected(rounding)?;
+        let mut rest = exact.as_slice();
+        let per_rank = self.ranks.iter().map(|tokens| {
+            let (mine, others) = rest.split_at(tokens.hidden.len());
+            rest = others;
+            mine.to_vec()
+        });
+        Ok(per_rank.collect())
+    }
+
+    /// The outputs of all ranks, one behind the other, with how far a layer may be from them that rounds as
+    /// `rounding` says.
+    ///
+    /// # Errors
+    /// [`OracleError`].
+    pub fn expected(&self, rounding: Rounding) -> Result<Expected, OracleError> {
         self.check()?;
         let Shape { hidden, .. } = self.shape;
         let rows: Vec<Vec<bf16>> = self.ranks.iter().map(|tokens| self.sent(tokens)).collect();
@@ -171,7 +191,7 @@ impl Layer<'_> {
         let before_gemm1 = Codes::of_gemm1(self.quant, self.experts);
         let by_source: Vec<f64> = rows.iter().flat_map(|rows| before_gemm1.through(rows, hidden)).collect();
 
-        let mut out = vec![0.0; all_rows.len()];
+        let mut combine = Combine::new(rounding, all_rows.len() / hidden, hidden);
         for rank in (0..self.placement.ep_size() as u32).map(Rank) {
             let experts = RankExperts {
                 shape: self.shape,
@@ -191,15 +211,9 @@ impl Layer<'_> {
                 _ => None,
             };
             let values = deferred.as_deref().unwrap_or(&by_source);
-            experts.add_partial(ArrivedRows { values, ids: &ids, weights: &weights }, &mut out)?;
+            combine.add_rank(&experts.outputs(ArrivedRows { values, ids: &ids, weights: &weights })?);
         }
-        let mut rest = out.as_slice();
-        let per_rank = self.ranks.iter().map(|tokens| {
-            let (mine, others) = rest.split_at(tokens.hidden.len());
-            rest = others;
-            mine.to_vec()
-        });
-        Ok(per_rank.collect())
+        Ok(combine.finish())
     }
 
     /// What a rank quantises: its tokens, times the routing weight where dispatch applies it.

@@ -8,8 +8,8 @@ use half::bf16;
 
 use super::{Target, local_experts};
 use crate::batch::{Batch, Receiver, plan_for, writable};
+use crate::bound::{Combine, Rounding};
 use crate::case::{Case, LayerWeights, RankInput};
-use crate::metrics::compare;
 use crate::oracle::{ArrivedRows, Codes, RankExperts};
 use crate::outcome::{Check, Outcome, chain, fail};
 
@@ -140,12 +140,12 @@ impl OneBatch<'_> {
         let mut verdict = fail("no candidate");
         for values in rows.values(case, self.rank, Codes::of_gemm1(case.quant, &all)) {
             let count = rows.num_rows();
-            let mut want = vec![0.0; count * case.hidden];
             let slots = count * case.top_k;
             let arrived =
                 ArrivedRows { values: &values, ids: &rows.ids[..slots], weights: &rows.weights[..slots] };
-            self.oracle(&plan, &all).add_partial(arrived, &mut want).or_else(fail)?;
-            verdict = match compare(&got, &want, case.hidden, case.quant) {
+            let mut combine = Combine::new(Rounding::of_plan(&plan, DType::F32), count, case.hidden);
+            combine.add_rank(&self.oracle(&plan, &all).outputs(arrived).or_else(fail)?);
+            verdict = match combine.finish().check(&got, case.hidden) {
                 Ok(_) => Ok(()),
                 Err(far) => fail(far),
             };

@@ -5,12 +5,12 @@ use std::sync::Mutex;
 use fused_moe_core::{
     Activation, ExpertMatrices, ExpertPlacement, GlobalExpertId, Padding, Rank, RouterWeight,
 };
-use half::bf16;
 
 use super::activation::activate;
 use super::codes::Codes;
 use super::matrix::{Matrix, bias};
 use super::{OracleError, Shape};
+use crate::bound::{Bounded, PairOutputs, Products, Requantized, activated, requantized};
 
 /// Multiply-adds below which threads cost more than they save.
 const WORTH_A_THREAD: usize = 20_000_000;
@@ -55,8 +55,8 @@ struct Group<'a> {
 }
 
 impl RankExperts<'_> {
-    /// Adds this rank's partial sums to `out`, `[rows, hidden]`.
-    pub(crate) fn add_partial(&self, rows: ArrivedRows<'_>, out: &mut [f64]) -> Result<(), OracleError> {
+    /// The outputs of all (row, expert) pairs of this rank.
+    pub(crate) fn outputs(&self, rows: ArrivedRows<'_>) -> Result<PairOutputs, OracleError> {
         let Shape { hidden, intermediate, top_k } = self.shape;
         let mut of_expert: Vec<Vec<Pair>> = vec![Vec::new(); self.experts.len()];
         for (position, (&id, &weight)) in rows.ids.iter().zip(rows.weights).enumerate() {
@@ -74,32 +74,29 @@ impl RankExperts<'_> {
         let num_pairs: usize = groups.iter().map(|g| g.pairs.len()).sum();
         let parallel = num_pairs * hidden * intermediate > WORTH_A_THREAD;
 
-        let mut activated = vec![bf16::ZERO; num_pairs * intermediate];
+        let mut activated = vec![Bounded::default(); num_pairs * intermediate];
         for_each(split(&groups, &mut activated, intermediate), parallel, |(group, out)| {
             self.gemm1(group, rows.values, out)
         })?;
-        let inputs = self.requantized(&activated);
-        let mut outputs = vec![0.0; num_pairs * hidden];
+        let inputs = requantized(&self.codes, &activated, intermediate);
+        let mut values = vec![Bounded::default(); num_pairs * hidden];
         let mut first = 0;
-        let with_inputs = split(&groups, &mut outputs, hidden).into_iter().map(|(group, out)| {
-            let input = &inputs[first * intermediate..][..group.pairs.len() * intermediate];
-            first += group.pairs.len();
-            (group, input, out)
+        let with_inputs = split(&groups, &mut values, hidden).into_iter().map(|(group, out)| {
+            let pairs = first..first + group.pairs.len();
+            first = pairs.end;
+            (group, pairs, out)
         });
         let with_inputs: Vec<_> = with_inputs.collect();
-        for_each(with_inputs, parallel, |(group, input, out)| self.gemm2(group, input, out))?;
+        for_each(with_inputs, parallel, |(group, pairs, out)| self.gemm2(group, (&inputs, pairs), out))?;
 
+        let late = self.router_weight == RouterWeight::OnOutput;
         let pairs = groups.iter().flat_map(|g| g.pairs);
-        for (pair, output) in pairs.zip(outputs.chunks_exact(hidden)) {
-            let weight = if self.router_weight == RouterWeight::OnOutput { pair.weight } else { 1.0 };
-            let row = &mut out[pair.row * hidden..][..hidden];
-            row.iter_mut().zip(output).for_each(|(sum, y)| *sum += weight * y);
-        }
-        Ok(())
+        let pairs = pairs.map(|pair| (pair.row, if late { pair.weight } else { 1.0 })).collect();
+        Ok(PairOutputs { pairs, values })
     }
 
-    /// `act(x · gateᵀ + bias, x · upᵀ + bias)`, rounded to bf16: `[pairs, intermediate]`.
-    fn gemm1(&self, group: &Group<'_>, values: &[f64], out: &mut [bf16]) -> Result<(), OracleError> {
+    /// `act(x · gateᵀ + bias, x · upᵀ + bias)`, `[pairs, intermediate]`.
+    fn gemm1(&self, group: &Group<'_>, values: &[f64], out: &mut [Bounded]) -> Result<(), OracleError> {
         let Shape { hidden, intermediate, .. } = self.shape;
         let dims = [intermediate, hidden];
         let gate = Matrix::new("gate", group.expert.gate, dims, self.padding.hidden)?;
@@ -114,28 +111,32 @@ impl RankExperts<'_> {
                 let x = &values[pair.row * hidden..][..hidden];
                 let early =
                     if self.router_weight == RouterWeight::OnInputByExperts { pair.weight } else { 1.0 };
-                let g = early * dot(x, &gate_row) + gate_bias[column];
-                let u = early * dot(x, &up_row) + up_bias[column];
-                out[column] = bf16::from_f64(activate(self.activation, g, u));
+                let gate = Products::of(x, &gate_row).affine(early, gate_bias[column]);
+                let up = Products::of(x, &up_row).affine(early, up_bias[column]);
+                let value = activate(self.activation, gate.value, up.value);
+                out[column] = activated(self.activation, gate, up, value);
             }
         }
         Ok(())
     }
 
-    /// What gemm2 reads: the activations of all pairs of this rank after the second quantisation.
-    fn requantized(&self, activated: &[bf16]) -> Vec<f64> {
-        self.codes.through(activated, self.shape.intermediate)
-    }
-
-    fn gemm2(&self, group: &Group<'_>, inputs: &[f64], out: &mut [f64]) -> Result<(), OracleError> {
+    fn gemm2(
+        &self,
+        group: &Group<'_>,
+        (inputs, pairs): (&Requantized, std::ops::Range<usize>),
+        out: &mut [Bounded],
+    ) -> Result<(), OracleError> {
         let Shape { hidden, intermediate, .. } = self.shape;
         let down = Matrix::new("down", group.expert.down, [hidden, intermediate], self.padding.intermediate)?;
         let down_bias = bias("down bias", group.expert.down, hidden)?;
         let mut down_row = vec![0.0; intermediate];
         for column in 0..hidden - self.padding.hidden {
             down.row(column, &mut down_row)?;
-            for (x, out) in inputs.chunks_exact(intermediate).zip(out.chunks_exact_mut(hidden)) {
-                out[column] = dot(x, &down_row) + down_bias[column];
+            for (pair, out) in pairs.clone().zip(out.chunks_exact_mut(hidden)) {
+                let x = &inputs.values[pair * intermediate..][..intermediate];
+                let mut output = Products::of(x, &down_row).affine(1.0, down_bias[column]);
+                output.error += inputs.moves[pair].reach(&down_row);
+                out[column] = output;
             }
         }
         Ok(())
@@ -177,17 +178,4 @@ fn for_each<T: Send>(
             Err(panic) => std::panic::resume_unwind(panic),
         })
     })
-}
-
-/// Sum of products in eight lanes, which the compiler vectorises.
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    let mut lanes = [0.0; 8];
-    let (a_chunks, b_chunks) = (a.chunks_exact(8), b.chunks_exact(8));
-    let tail: f64 = a_chunks.remainder().iter().zip(b_chunks.remainder()).map(|(x, y)| x * y).sum();
-    for (a, b) in a_chunks.zip(b_chunks) {
-        for ((lane, x), y) in lanes.iter_mut().zip(a).zip(b) {
-            *lane += x * y;
-        }
-    }
-    lanes.iter().sum::<f64>() + tail
 }

@@ -1,0 +1,185 @@
+//! From the outputs of pairs to the output of the layer: partial sums, their rounding, the sum over ranks.
+
+use fused_moe_core::{DType, KernelKind, Plan};
+
+use super::Expected;
+use super::rounding::to_bf16;
+use super::sums::{Bounded, U};
+
+/// Relative error of routing weights that experts compute themselves: 32 unit roundoffs, a softmax or sigmoid with
+/// its sum and quotient.
+const COMPUTED_WEIGHT: f64 = 32.0 * U;
+
+/// What is rounded to bf16 on the way back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Returned {
+    /// The weighted sum over the experts of a rank; a combine adds up ranks.
+    PartialSums,
+    /// The output of every expert; a combine weights them and adds them up.
+    ExpertOutputs,
+}
+
+/// Where a layer rounds behind gemm2. Sums are f32 everywhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rounding {
+    /// What travels back, in bf16.
+    pub returned: Returned,
+    /// Element type of the layer's output.
+    pub output: DType,
+    /// Whether the experts compute the routing weights, from logits.
+    pub routes: bool,
+}
+
+impl Rounding {
+    /// That of a layer with `plan` and this output.
+    pub fn of_plan(plan: &Plan, output: DType) -> Self {
+        let returned = match plan.weight_and_reduce().is_no_op() {
+            true => Returned::PartialSums,
+            false => Returned::ExpertOutputs,
+        };
+        Self { returned, output, routes: plan.kind() == KernelKind::Monolithic }
+    }
+}
+
+/// The outputs of one rank.
+#[derive(Debug, Default)]
+pub(crate) struct PairOutputs {
+    /// Row and factor of each pair; the factor is 1 where the routing weight was applied earlier.
+    pub(crate) pairs: Vec<(usize, f64)>,
+    /// `[pairs, hidden]`.
+    pub(crate) values: Vec<Bounded>,
+}
+
+/// The sum of all outputs of a layer.
+pub(crate) struct Combine {
+    rounding: Rounding,
+    hidden: usize,
+    exact: Vec<f64>,
+    want: Vec<f64>,
+    bound: Vec<f64>,
+    /// Of what is added up last, the sum of magnitudes.
+    magnitude: Vec<f64>,
+    /// How many are added up last, for each row.
+    added: Vec<u32>,
+}
+
+impl Combine {
+    pub(crate) fn new(rounding: Rounding, rows: usize, hidden: usize) -> Self {
+        let zeros = vec![0.0; rows * hidden];
+        Self {
+            rounding,
+            hidden,
+            exact: zeros.clone(),
+            want: zeros.clone(),
+            bound: zeros.clone(),
+            magnitude: zeros,
+            added: vec![0; rows],
+        }
+    }
+
+    /// Adds what one rank returns.
+    pub(crate) fn add_rank(&mut self, outputs: &PairOutputs) {
+        let hidden = self.hidden;
+        let mut of_row: Vec<(usize, f64, &[Bounded])> = outputs
+            .pairs
+            .iter()
+            .zip(outputs.values.chunks_exact(hidden))
+            .map(|(&(row, factor), values)| (row, factor, values))
+            .collect();
+        of_row.sort_by_key(|&(row, ..)| row);
+        let weight_error = if self.rounding.routes { COMPUTED_WEIGHT } else { 0.0 };
+        for slots in of_row.chunk_by(|a, b| a.0 == b.0) {
+            let row = slots[0].0;
+            // A product with the weight and an addition for each slot.
+            let roundings = slots.len() as f64 + 1.0;
+            self.added[row] += match self.rounding.returned {
+                Returned::PartialSums => 1,
+                Returned::ExpertOutputs => slots.len() as u32,
+            };
+            for column in 0..hidden {
+                let at = row * hidden + column;
+                let mut partial = Bounded::default();
+                for &(_, factor, values) in slots {
+                    let Bounded { value, error } = values[column];
+                    self.exact[at] += factor * value;
+                    match self.rounding.returned {
+                        Returned::PartialSums => {
+                            let relative = roundings * U + weight_error;
+                            partial.value += factor * value;
+                            partial.error += factor.abs() * (error + relative * value.abs());
+                        }
+                        Returned::ExpertOutputs => {
+                            let output = to_bf16(values[column]);
+                            let weighted = factor * output.value;
+                            self.add(at, weighted, factor.abs() * output.error);
+                            self.bound[at] += (U + weight_error) * weighted.abs();
+                        }
+                    }
+                }
+                if self.rounding.returned == Returned::PartialSums {
+                    let partial = to_bf16(partial);
+                    self.add(at, partial.value, partial.error);
+                }
+            }
+        }
+    }
+
+    fn add(&mut self, at: usize, value: f64, error: f64) {
+        self.want[at] += value;
+        self.bound[at] += error;
+        self.magnitude[at] += value.abs();
+    }
+
+    /// The sums in the type of the output.
+    pub(crate) fn finish(mut self) -> Expected {
+        for (at, (want, bound)) in self.want.iter_mut().zip(&mut self.bound).enumerate() {
+            let additions = f64::from(self.added[at / self.hidden].saturating_sub(1));
+            *bound += additions * U * (self.magnitude[at] + *bound);
+            if self.rounding.output == DType::Bf16 {
+                let output = to_bf16(Bounded { value: *want, error: *bound });
+                (*want, *bound) = (output.value, output.error);
+            }
+            // Where nothing is left to chance the bound is nothing; errors are easier to read in units of something.
+            *bound = bound.max(U * want.abs());
+        }
+        Expected { exact: self.exact, want: self.want, bound: self.bound }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn expected(returned: Returned, output: DType, error: f64) -> Expected {
+        let rounding = Rounding { returned, output, routes: false };
+        let mut combine = Combine::new(rounding, 2, 1);
+        let value = |value| Bounded { value, error };
+        // 1 + 2⁻⁹ is no bf16, nor is three quarters of it.
+        let odd = 1.0 + 2f64.powi(-9);
+        combine.add_rank(&PairOutputs {
+            pairs: vec![(1, 0.75), (1, 0.25)],
+            values: vec![value(odd), value(odd)],
+        });
+        combine.add_rank(&PairOutputs { pairs: vec![(1, 1.0)], values: vec![value(2.0 * odd)] });
+        combine.finish()
+    }
+
+    #[test]
+    fn what_returns_is_rounded_once() {
+        for returned in [Returned::PartialSums, Returned::ExpertOutputs] {
+            let Expected { exact, want, bound } = expected(returned, DType::F32, 1e-9);
+            assert_eq!(
+                (exact[0], want[0], bound[0]),
+                (0.0, 0.0, 0.0),
+                "a row without experts is exactly zero"
+            );
+            assert_eq!((exact[1], want[1]), (3.0 + 3.0 * 2f64.powi(-9), 3.0));
+            assert!(bound[1] > 0.0 && bound[1] < 1e-6, "{returned:?}: {}", bound[1]);
+        }
+        // An error that reaches the boundary at 1 + 2⁻⁸ is a step of bf16.
+        let step = expected(Returned::PartialSums, DType::F32, 2f64.powi(-8)).bound[1];
+        assert!((2f64.powi(-7)..2f64.powi(-5)).contains(&step), "{step}");
+        let narrow = expected(Returned::PartialSums, DType::Bf16, 1e-9);
+        assert_eq!((narrow.want[1], narrow.bound[1]), (3.0, 3.0 * U));
+    }
+}
