@@ -92,6 +92,7 @@ pub(crate) use activation::activated;
 pub(crate) use combine::{Combine, PairOutputs};
 pub use combine::{Returned, Rounding};
 pub(crate) use requantize::{Requantized, requantized};
+pub(crate) use rounding::nearest;
 pub(crate) use sums::{Bounded, Products};
 
 use crate::metrics::{calc_diff, relative_l2};

@@ -9,6 +9,7 @@ mod experts;
 mod message;
 mod monolithic_experts;
 mod received;
+mod slip;
 mod weights;
 
 pub use batched_comm::BatchedComm;
@@ -18,4 +19,5 @@ pub(crate) use comm::{CombineIds, ReferenceHandle};
 pub use experts::ReferenceExperts;
 pub(crate) use experts::{ReferenceKernel, local_table};
 pub use monolithic_experts::MonolithicExperts;
+pub use slip::Slip;
 pub(crate) use weights::{Format, PackedExperts};

@@ -8,6 +8,8 @@
 
 mod comm;
 mod experts;
+mod roundings;
 
 pub use comm::BrokenComm;
 pub use experts::BrokenExperts;
+pub use roundings::SlightlyBrokenExperts;

@@ -93,6 +93,8 @@ pub(crate) struct ReferenceHandle {
     /// First received row and number of rows of each rank.
     sources: Vec<(Rank, usize, usize)>,
     combine_ids: CombineIds,
+    /// Whether the sum over ranks is rounded to bf16 after every rank: only a saboteur's is.
+    narrow_sum: bool,
 }
 
 impl ReferenceHandle {
@@ -117,11 +119,17 @@ impl ReferenceHandle {
             received: Received::new(config, plan),
             sources: Vec::new(),
             combine_ids: CombineIds::Own,
+            narrow_sum: false,
         }
     }
 
     pub(crate) fn combining_by(mut self, ids: CombineIds) -> Self {
         self.combine_ids = ids;
+        self
+    }
+
+    pub(crate) fn summing_in_bf16(mut self) -> Self {
+        self.narrow_sum = true;
         self
     }
 
@@ -270,6 +278,9 @@ impl ReferenceHandle {
                     let (elements, _) = row.as_chunks::<2>();
                     let elements = elements.iter().map(|&e| bf16::from_ne_bytes(e).to_f32());
                     sums.iter_mut().zip(elements).for_each(|(sum, x)| *sum += x);
+                    if self.narrow_sum {
+                        sums.iter_mut().for_each(|sum| *sum = bf16::from_f32(*sum).to_f32());
+                    }
                 }
             }
             store(out, token, &sums)?;

@@ -7,7 +7,9 @@ use fused_moe_core::{
 use half::bf16;
 use quant::{Activations, Quantizer, decode_table};
 
+use super::slip::Slip;
 use super::weights::PackedExperts;
+use crate::bound::nearest;
 use crate::oracle::{activate, fp4};
 
 /// One row that one local expert works on.
@@ -32,12 +34,14 @@ pub(super) struct Compute {
     pub(super) max_rows: usize,
     /// Most pairs.
     pub(super) max_pairs: usize,
+    /// What is wrong with it.
+    pub(super) slip: Option<Slip>,
 }
 
 impl Compute {
     pub(super) fn new(config: &MoeConfig, max_rows: usize, max_pairs: usize) -> Self {
         let MoeConfig { hidden, intermediate, quant, activation, .. } = *config;
-        Self { hidden, intermediate, quant, activation, max_rows, max_pairs }
+        Self { hidden, intermediate, quant, activation, max_rows, max_pairs, slip: None }
     }
 
     /// Bytes of workspace for the largest batch.
@@ -105,12 +109,14 @@ impl Compute {
         pairs: &[Pair],
         arena: &mut Arena<'w>,
     ) -> Result<&'w [f32], Source> {
-        let Self { hidden, intermediate, .. } = *self;
+        let Self { hidden, intermediate, slip, .. } = *self;
         let activated = &mut arena.take::<bf16>(self.max_pairs * intermediate)?[..pairs.len() * intermediate];
         let inputs = &mut arena.take::<f32>(self.max_pairs * intermediate)?[..pairs.len() * intermediate];
         let outputs = &mut arena.take::<f32>(self.max_pairs * hidden)?[..pairs.len() * hidden];
         let (mut gate_row, mut up_row) = (vec![0.0; hidden], vec![0.0; hidden]);
         let mut down_row = vec![0.0; intermediate];
+        let unrounded_len = if slip.is_some_and(Slip::reads_unrounded) { activated.len() } else { 0 };
+        let mut unrounded = vec![0f32; unrounded_len];
         let of_expert = |expert: usize| pairs.iter().enumerate().filter(move |(_, p)| p.expert == expert);
 
         for (expert, [gate, up, _]) in packed.experts.iter().enumerate() {
@@ -123,13 +129,21 @@ impl Compute {
                 for (index, pair) in of_expert(expert) {
                     let x = &x[pair.row * hidden..][..hidden];
                     let (g, u) = (pair.early * dot(x, &gate_row), pair.early * dot(x, &up_row));
-                    let (g, u) = (f64::from(g + gate.bias(column)), f64::from(u + up.bias(column)));
-                    activated[index * intermediate + column] =
-                        bf16::from_f64(activate(self.activation, g, u));
+                    let (g, u) = (g + gate.bias(column), u + up.bias(column));
+                    let (g, u) = slip.map_or((g, u), |slip| slip.gate_up(g, u));
+                    let value = activate(self.activation, f64::from(g), f64::from(u));
+                    let value = slip.map_or(value, |slip| slip.activation(value));
+                    activated[index * intermediate + column] = nearest(value);
+                    if let Some(unrounded) = unrounded.get_mut(index * intermediate + column) {
+                        *unrounded = value as f32;
+                    }
                 }
             }
         }
-        self.through_codes((activated, packed.input_scales[1]), intermediate, inputs)?;
+        match slip.filter(|slip| slip.reads_unrounded()) {
+            Some(slip) => slip.requantize(self.quant, (&unrounded, activated), intermediate, inputs),
+            None => self.through_codes((activated, packed.input_scales[1]), intermediate, inputs)?,
+        }
         for (expert, [_, _, down]) in packed.experts.iter().enumerate() {
             if of_expert(expert).next().is_none() {
                 continue;
@@ -138,7 +152,8 @@ impl Compute {
                 down.row(column, &mut down_row);
                 for (index, _) in of_expert(expert) {
                     let x = &inputs[index * intermediate..][..intermediate];
-                    outputs[index * hidden + column] = dot(x, &down_row) + down.bias(column);
+                    let output = dot(x, &down_row) + down.bias(column);
+                    outputs[index * hidden + column] = slip.map_or(output, |slip| slip.output(output));
                 }
             }
         }

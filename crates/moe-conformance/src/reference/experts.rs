@@ -7,6 +7,7 @@ use fused_moe_core::{
 };
 
 use super::compute::{Compute, Pair};
+use super::slip::Slip;
 use super::weights::{Format, PackedExperts};
 
 const NAME: &str = "reference_experts";
@@ -90,6 +91,12 @@ impl ReferenceKernel {
         Self { caps, compute, router_weight: plan.router_weight(), table }
     }
 
+    /// The kernel with something wrong.
+    pub(crate) fn slipping(mut self, slip: Slip) -> Self {
+        self.compute.slip = Some(slip);
+        self
+    }
+
     fn run(
         &self,
         cx: &mut ExecCx<'_>,
@@ -107,9 +114,10 @@ impl ReferenceKernel {
         let mut late = Vec::new();
         for &row in &valid {
             let (ids, weights) = (topk.ids.row::<i32>(row)?, topk.weights.row::<f32>(row)?);
-            for (&id, &weight) in ids.iter().zip(weights) {
+            for (slot, (&id, &weight)) in ids.iter().zip(weights).enumerate() {
                 let local = usize::try_from(id).ok().and_then(|id| *self.table.get(id)?);
                 let Some(expert) = local else { continue };
+                let weight = self.compute.slip.map_or(weight, |slip| slip.routing_weight(slot, weight));
                 let on_input = self.router_weight == RouterWeight::OnInputByExperts;
                 pairs.push(Pair { row, expert, early: if on_input { weight } else { 1.0 } });
                 late.push(if self.router_weight == RouterWeight::OnOutput { weight } else { 1.0 });

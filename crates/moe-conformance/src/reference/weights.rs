@@ -16,6 +16,8 @@ pub(crate) enum Format {
     Stored,
     /// FP8 codes turned into bf16 when they are packed. Only a saboteur does this.
     Dequantized,
+    /// As stored, but for f32 scales rounded to bf16. Only a saboteur does this.
+    NarrowScales,
 }
 
 /// The experts of one rank in local order.
@@ -102,6 +104,19 @@ enum Scale {
     Nv(Vec<u8>, f32),
 }
 
+impl Scale {
+    fn narrow(self) -> Self {
+        let narrow = |scale: f32| bf16::from_f32(scale).to_f32();
+        let all = |scales: Vec<f32>| scales.into_iter().map(narrow).collect();
+        match self {
+            Scale::Tensor(scale) => Scale::Tensor(narrow(scale)),
+            Scale::Channel(scales) => Scale::Channel(all(scales)),
+            Scale::Block(scales) => Scale::Block(all(scales)),
+            other => other,
+        }
+    }
+}
+
 /// What a matrix must be.
 #[derive(Clone, Copy)]
 struct Wanted {
@@ -173,6 +188,7 @@ impl Matrix {
         Ok(match format {
             Format::Stored => packed,
             Format::Dequantized => packed.dequantized(rows),
+            Format::NarrowScales => Self { scale: packed.scale.narrow(), ..packed },
         })
     }
 

@@ -28,6 +28,8 @@ pub enum BrokenComm {
     ReceivedLayoutIds,
     /// The last rank sends nothing.
     DroppedSends,
+    /// Combine rounds its sum to bf16 after every rank.
+    NarrowSum,
 }
 
 impl PrepareFinalizeProvider for BrokenComm {
@@ -58,6 +60,7 @@ impl PrepareFinalizeProvider for BrokenComm {
         let handle = ReferenceHandle::new(config, plan, (group.rank(), transport));
         let handle = match self {
             BrokenComm::ReceivedLayoutIds => handle.combining_by(CombineIds::Received),
+            BrokenComm::NarrowSum => handle.summing_in_bf16(),
             _ => handle,
         };
         if plan.kind() == KernelKind::Monolithic {
