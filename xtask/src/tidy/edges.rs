@@ -173,6 +173,8 @@ mod tests {
         for (name, on) in [
             ("fused-moe", "anything-comm"),
             ("anything-experts", "grouped-gemm"),
+            // Monolithic experts route by themselves.
+            ("trtllm-experts", "fused-moe-router"),
             ("fused-moe-cli", "fused-moe"),
             ("moe-conformance", "ep-transport"),
             ("moe-tests", "mori-comm"),
