@@ -2,8 +2,8 @@
 
 use anyhow::{Context, anyhow};
 use fused_moe::{
-    BackendOptions, DType, DeviceKind, ExpertMatrices, ExpertPlacement, ExpertWeights, Fp8Format, MoeConfig,
-    Plan, QuantScheme, Rank, Registry, RoutingConfig, RoutingMethod, Selection, Survey,
+    BackendOptions, DType, DeviceKind, ExpertMatrices, ExpertPlacement, ExpertWeights, Fp8Format, KernelKind,
+    MoeConfig, Plan, QuantScheme, Rank, Registry, RoutingConfig, RoutingMethod, Selection, Survey,
 };
 use moe_checkpoint::{Checkpoint, ExpertTensors, MoeLayer};
 use rayon::prelude::*;
@@ -210,7 +210,25 @@ pub fn shared_config(
     })
 }
 
-/// Loads and packs the shared experts of `layer`, if there are any.
+/// The experts backend that runs the shared experts: the one that runs the routed experts where it can, or the first
+/// that can. Their single expert is known without a router, so it takes modular ones.
+fn shared_experts_backend(
+    registry: &Registry,
+    config: &MoeConfig,
+    routed: &str,
+) -> Result<&'static str, Failure> {
+    for experts in [Some(routed), None] {
+        let survey = registry.survey(config, Selection { comm: None, experts }).or_refused()?;
+        let modular = survey.fitting.iter().find(|plan| plan.kind() == KernelKind::Modular);
+        if let Some(plan) = modular {
+            return Ok(plan.experts());
+        }
+    }
+    refused(format!("no experts backend runs the shared experts ({})", config.quant))
+}
+
+/// Loads and packs the shared experts of `layer`, if there are any, for the backend of the routed `experts` or one
+/// that can stand in for it.
 pub fn load_shared(
     registry: &Registry,
     layer: &MoeLayer<'_>,
@@ -221,6 +239,7 @@ pub fn load_shared(
     let Some(shared) = layer.shared_experts().or_refused()? else { return Ok(None) };
     let scheme = shared_scheme(quant, shared.mlp.scheme());
     let config = shared_config(config, shared.mlp.gate.rows(), scheme)?;
+    let experts = shared_experts_backend(registry, &config, experts)?;
     let provider = registry.experts(experts).or_refused()?;
     let expert = LoadedExpert::new(&shared.mlp, scheme).or_refused()?;
     let weights = pack(&**provider, &config, Rank(0), &[expert])?;

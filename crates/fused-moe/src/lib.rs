@@ -83,6 +83,8 @@ pub use batched_experts;
 pub use mori_comm;
 #[cfg(feature = "naive")]
 pub use naive_comm;
+#[cfg(feature = "trtllm")]
+pub use trtllm_experts;
 
 /// The examples of the README, so that they are tested.
 #[cfg(doctest)]
@@ -128,5 +130,10 @@ pub fn backends(options: BackendOptions) -> Registry {
     let registry = registry.with_experts(aiter_experts::AiterExperts::new().with_sort_policy(sort_policy));
     #[cfg(feature = "batched")]
     let registry = registry.with_experts(batched_experts::BatchedExperts::default());
+    // Behind the others, and monolithic experts last: `auto` keeps the router outside where both fit.
+    #[cfg(feature = "trtllm")]
+    let registry = registry
+        .with_experts(trtllm_experts::TrtllmRoutedExperts::default())
+        .with_experts(trtllm_experts::TrtllmExperts::default());
     registry
 }
