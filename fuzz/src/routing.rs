@@ -11,6 +11,9 @@ use crate::routing::reference::Reference;
 
 mod reference;
 
+/// Experts that rows are routed to; configurations may have any number.
+const MAX_EXPERTS: usize = 1030;
+
 /// Arbitrary configurations and logits: a typed error, or distinct ids in range in the right order with the
 /// weights of the formula.
 pub fn routing(bytes: &[u8]) {
@@ -44,7 +47,8 @@ impl Case {
     fn draw(u: &mut Unstructured<'_>) -> Result<Self> {
         let num_experts = match u.int_in_range(0..=31)? {
             0 => u.arbitrary()?,
-            1 => u.int_in_range(1000..=1100)?,
+            // Past what a call keeps on the stack.
+            1 => u.int_in_range(1023..=MAX_EXPERTS)?,
             _ => u.int_in_range(0..=24)?,
         };
         let small = |u: &mut Unstructured<'_>| match u.ratio(1, 16)? {
@@ -65,7 +69,8 @@ impl Case {
             routed_scaling_factor: if u.arbitrary()? { 1.0 } else { number(u)? },
             correction_bias: match u.ratio(1, 3)? {
                 true => {
-                    let len = num_experts.min(2000) + usize::from(u.ratio(1, 16)?);
+                    let len = if num_experts > MAX_EXPERTS { 1 } else { num_experts };
+                    let len = len + usize::from(u.ratio(1, 16)?);
                     Some((0..len).map(|_| number(u)).collect::<Result<_>>()?)
                 }
                 false => None,
@@ -83,9 +88,13 @@ impl Case {
             }
             false => None,
         };
-        let tokens = u.int_in_range(0..=3)?;
+        // One long row is as good as three, and no row is longer than `MAX_EXPERTS`.
+        let tokens = match num_experts {
+            0..=24 => u.int_in_range(0..=3)?,
+            _ => u.int_in_range(0..=1)?,
+        };
         let token_ids = (0..tokens).map(|_| u.int_in_range(-1..=4)).collect::<Result<_>>()?;
-        let logits = (0..tokens * num_experts.min(2000)).map(|_| number(u)).collect::<Result<_>>()?;
+        let logits = (0..tokens * num_experts.min(MAX_EXPERTS)).map(|_| number(u)).collect::<Result<_>>()?;
         Ok(Self { config, shared, zero_experts, table, token_ids, logits })
     }
 
@@ -106,7 +115,7 @@ impl Case {
     fn run(&self) {
         let Ok(router) = self.router() else { return };
         let (experts, tokens, slots) = (self.config.num_experts, self.token_ids.len(), router.slots());
-        if experts > 2000 || slots > 2000 {
+        if experts > MAX_EXPERTS || slots > 2 * MAX_EXPERTS {
             return;
         }
         let (mut ids, mut weights) = (vec![-99; tokens * slots], vec![f32::NAN; tokens * slots]);

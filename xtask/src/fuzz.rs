@@ -12,7 +12,7 @@ use std::thread;
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::repo::Repo;
-use crate::sanitizer::Sanitizer;
+use crate::sanitizer::{Missing, Sanitizer};
 
 /// All targets: the binaries of `fuzz/`.
 pub const TARGETS: [&str; 3] = ["checkpoint", "sorting", "routing"];
@@ -79,10 +79,10 @@ fn build(repo: &Repo) -> Result<PathBuf> {
     let sanitizer = Sanitizer::address(repo)?;
     let cxx = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
     let has_cxx = Command::new(&cxx).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
-    ensure!(
-        has_cxx.is_ok_and(|s| s.success()),
-        "no {cxx}: libFuzzer is C++, `apt-get install g++` or its like"
-    );
+    if !has_cxx.is_ok_and(|status| status.success()) {
+        let why = format!("no {cxx}: libFuzzer is C++, `apt-get install g++` or its like");
+        return Err(Missing::new(why).into());
+    }
     let dir = repo.root().join("target/fuzz");
     let mut cargo = repo.cargo();
     cargo.args(["build", "--release", "--bins", "--manifest-path", "fuzz/Cargo.toml"]);

@@ -3,6 +3,7 @@
 mod check;
 mod fuzz;
 mod matrix;
+mod memory;
 mod new_backend;
 mod repo;
 mod sanitizer;
@@ -57,6 +58,10 @@ enum Task {
         #[arg(long)]
         json: bool,
     },
+    /// The tests of the crates that move bytes with AddressSanitizer; needs no nightly. Ends with 2 without a runtime.
+    Asan,
+    /// A few tests of the same crates under valgrind's memcheck. Ends with 2 without valgrind.
+    Valgrind,
     /// Makes a backend crate that compiles and refuses every configuration.
     NewBackend {
         /// Package name, as in `mori-comm`: lower case, digits, single hyphens, ending in the kind.
@@ -81,6 +86,8 @@ fn main() -> ExitCode {
         Task::Fuzz { targets, seconds, jobs, json } => {
             fuzz::fuzz(&repo, &Fuzz { targets, seconds, jobs, json })
         }
+        Task::Asan => memory::asan(&repo),
+        Task::Valgrind => memory::valgrind(&repo),
         Task::NewBackend { name, kind, path } => {
             new_backend::new_backend(&repo, &NewBackend { name, kind, path })
         }
@@ -89,7 +96,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("xtask: {error:#}");
-            ExitCode::FAILURE
+            if error.is::<sanitizer::Missing>() { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
     }
 }

@@ -3,9 +3,28 @@
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
 use crate::repo::{Repo, stdout_of};
+
+/// A tool that this machine lacks: nothing was checked, and the program ends with 2 instead of 1.
+#[derive(Debug)]
+pub struct Missing(String);
+
+impl Missing {
+    /// Says what is missing.
+    pub fn new(what: impl Into<String>) -> Self {
+        Self(what.into())
+    }
+}
+
+impl std::fmt::Display for Missing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Missing {}
 
 /// How to build with AddressSanitizer.
 pub struct Sanitizer {
@@ -27,7 +46,11 @@ impl Sanitizer {
         let runtime = Path::new(libraries.trim()).read_dir().is_ok_and(|files| {
             files.flatten().any(|file| file.file_name().to_string_lossy().ends_with("_rt.asan.a"))
         });
-        ensure!(runtime, "this toolchain has no AddressSanitizer for {target}");
+        if !runtime {
+            return Err(
+                Missing::new(format!("this Rust toolchain has no AddressSanitizer for {target}")).into()
+            );
+        }
         Ok(Self { target })
     }
 
