@@ -1,6 +1,9 @@
 //! Shapes and weights of the experts.
 
-use fused_moe::{ErrorKind, Fault, Fp8Format, Overlap, QuantScheme, Rank, Selection};
+use aiter_experts::{MoeSorting, SortMemory, SortPolicy};
+use fused_moe::{
+    DType, ErrorKind, ExpertMask, Fault, Fp8Format, Overlap, QuantScheme, Rank, Selection, TensorView, TopK,
+};
 use moe_conformance::{Case, Outcome, RoutingPattern, Settings, layer};
 use rstest::rstest;
 
@@ -43,6 +46,28 @@ fn aiter_2946_one_expert_gets_everything() {
         routing: RoutingPattern::SameExperts,
         ..Case::small(BLOCK, 1, seed())
     });
+}
+
+/// aiter #2576, #2639: a bool stood where one of three ways to sort was meant, and `True` was the wrong one. They have names
+/// here, are parsed from these alone, and give the same result.
+#[test]
+fn aiter_2576_ways_to_sort_have_names() {
+    assert!("1".parse::<SortPolicy>().is_err() && "true".parse::<SortPolicy>().is_err());
+    let sorting = |policy: &str| {
+        let mask = ExpertMask::new(&linear(3, 1), Rank(0));
+        let sorting = MoeSorting::new(&mask, 2, 2.try_into().unwrap()).unwrap();
+        let sorting = sorting.with_policy(policy.parse().unwrap());
+        let topk = TopK {
+            ids: TensorView::from_slice(&[2, 0, 1, 2, 2, -1], DType::I32, &[3, 2]).unwrap(),
+            weights: TensorView::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], DType::F32, &[3, 2]).unwrap(),
+        };
+        let mut memory = SortMemory::new(sorting.sizes(3));
+        let sorted = sorting.sort(topk, 3, memory.buffers()).unwrap();
+        (sorted.token_ids.to_vec(), sorted.weights.to_vec(), sorted.expert_ids.to_vec())
+    };
+    let single = sorting("single");
+    assert_eq!(single.1, [2.0, 0.0, 3.0, 0.0, 1.0, 4.0, 5.0, 0.0]);
+    assert_eq!((&sorting("multi"), &sorting("auto")), (&single, &single));
 }
 
 /// FlashInfer #3206: an intermediate size of 704 (under TP) was unsupported, found at run time. It is a size like any
