@@ -248,3 +248,72 @@ impl Coder {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use fused_moe_core::Fp8Format;
+    use rand::Rng;
+
+    use super::*;
+    use crate::bound::nearest;
+    use crate::seed::{Seed, normal};
+
+    const SCHEMES: [QuantScheme; 6] = [
+        QuantScheme::Unquantized,
+        QuantScheme::Fp8Block(Fp8Format::E4M3Fn),
+        QuantScheme::Fp8Ptpc(Fp8Format::E4M3Fnuz),
+        QuantScheme::Fp8PerTensor(Fp8Format::E4M3Fn),
+        QuantScheme::Fp8PerTensorStatic(Fp8Format::E4M3Fn),
+        QuantScheme::Nvfp4,
+    ];
+
+    /// Whatever values within the error are rounded and quantised, every product moves within the reach; and some
+    /// move by most of it, without which the reach would be idle.
+    #[test]
+    fn values_within_the_error_stay_within_the_reach() {
+        const WIDTH: usize = 200;
+        let seed = Seed::fresh();
+        println!("seed {seed}");
+        let mut rng = seed.rng();
+        for quant in SCHEMES {
+            let codes = Codes { quant, input_scale: Some(0.01) };
+            let (mut moved, mut used) = (0, 0f64);
+            for _ in 0..300 {
+                let exact: Vec<f64> = (0..3 * WIDTH).map(|_| f64::from(normal(&mut rng))).collect();
+                // So large that boundaries are crossed all the time, amax included.
+                let with_error = |&value: &f64| Bounded { value, error: 4e-4 * value.abs() };
+                let activated: Vec<Bounded> = exact.iter().map(with_error).collect();
+                let found = requantized(&codes, &activated, WIDTH);
+                let rounded = |xs: &mut dyn Iterator<Item = f64>| xs.map(nearest).collect::<Vec<_>>();
+                assert_eq!(found.values, codes.through(&rounded(&mut exact.iter().copied()), WIDTH));
+                let mut other = exact.iter().map(|x| x * (1.0 + rng.random_range(-4e-4..4e-4)));
+                let other = codes.through(&rounded(&mut other), WIDTH);
+                let weights: Vec<f64> = (0..WIDTH).map(|_| f64::from(normal(&mut rng))).collect();
+                let product = |row: &[f64]| row.iter().zip(&weights).map(|(x, w)| x * w).sum::<f64>();
+                for (row, moves) in found.moves.iter().enumerate() {
+                    let range = row * WIDTH..(row + 1) * WIDTH;
+                    let by = (product(&other[range.clone()]) - product(&found.values[range])).abs();
+                    let reach = moves.reach(&weights);
+                    assert!(by <= reach * (1.0 + 1e-9), "{quant}: moved by {by}, reach {reach}");
+                    if by > 0.0 {
+                        moved += 1;
+                        used = used.max(by / reach);
+                    }
+                }
+            }
+            assert!(moved > 30 && used > 0.3, "{quant}: {moved} rows moved, by {used} of the reach at most");
+        }
+    }
+
+    #[test]
+    fn certain_values_do_not_move() {
+        for quant in SCHEMES {
+            let codes = Codes { quant, input_scale: Some(0.01) };
+            let activated: Vec<Bounded> =
+                (1..=256).map(|i| Bounded { value: f64::from(i), error: 1e-3 }).collect();
+            let found = requantized(&codes, &activated, 128);
+            assert!(found.moves.iter().all(|moves| *moves == Moves::default()), "{quant}");
+        }
+        assert!(requantized(&Codes { quant: SCHEMES[1], input_scale: None }, &[], 128).values.is_empty());
+    }
+}
