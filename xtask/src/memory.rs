@@ -104,7 +104,8 @@ pub fn valgrind(repo: &Repo) -> Result<()> {
         let wanted = programs.iter().find(|p| p.package == package.replace('-', "_") && p.name == *program);
         let path = &wanted.with_context(|| format!("{package} has no test program {program}"))?.path;
         let mut valgrind = Command::new("valgrind");
-        valgrind.current_dir(repo.root());
+        // Tests that panic on purpose would spend minutes on finding names for their stack.
+        valgrind.current_dir(repo.root()).env("RUST_BACKTRACE", "0");
         // Fair, because a spinning rank would starve the one that it waits for.
         valgrind.args(["--quiet", "--error-exitcode=99", "--leak-check=no", "--fair-sched=yes"]);
         valgrind.arg(path).args(["--test-threads=1", "--quiet"]).args(*tests);
