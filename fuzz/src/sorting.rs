@@ -2,7 +2,9 @@
 
 use std::num::NonZeroUsize;
 
-use aiter_experts::{AiterError, MAX_BLOCK_M, MAX_TOP_K, MoeSorting, SortMemory, SortPolicy, SortedTokenId};
+use aiter_experts::{
+    AiterError, MAX_BLOCK_M, MAX_TOP_K, MoeSorting, SortMemory, SortPolicy, SortedTokenId,
+};
 use arbitrary::{Result, Unstructured};
 use fused_moe_core::{DType, ExpertMask, ExpertPlacement, NO_EXPERT, Rank, TensorView, TopK};
 
@@ -25,7 +27,6 @@ struct Case {
     num_tokens: usize,
     ids: Vec<i32>,
     weights: Vec<f32>,
-    policy: SortPolicy,
     /// Whether the lent memory is one token too short.
     short: bool,
     policy: SortPolicy,
@@ -43,7 +44,6 @@ impl Case {
             true => u.arbitrary()?,
             false => NonZeroUsize::MIN.saturating_add(u.int_in_range(0..=33)?),
         };
-        let policy = *u.choose(&[SortPolicy::SinglePass, SortPolicy::MultiPhase, SortPolicy::Auto])?;
         let short = u.ratio(1, 16)?;
         let (num_tokens, garbage) = (u.int_in_range(0..=40)?, u.int_in_range(0..=3)?);
         let far = u.ratio(1, 4)?;
