@@ -6,7 +6,7 @@ use fused_moe_core::{
     BLOCK, DType, Element, GlobalExpertId, TensorView, WeightMatrix, WeightScale as LentScale,
 };
 use half::bf16;
-use quant::fp4::Nvfp4Rows;
+use quant::fp4::{E8M0_NAN, Nvfp4Rows};
 
 use super::error::{ExpertsError, shape};
 use super::scheme::{Fp8Scheme, Scaling, Scheme};
@@ -160,6 +160,11 @@ impl<'a> Matrix<'a> {
             return Err(self.wrong(self.names.scale, shape(&wanted, dtype), found));
         }
         let scales = self.neutral_in_padding(dense(view)?, [1, group], neutral);
+        let is_nan = |&code: &u8| if dtype == DType::E8M0 { code == E8M0_NAN } else { code & 0x7f == 0x7f };
+        if let Some(at) = scales.iter().position(is_nan) {
+            let found = format!("NaN (code {:#04x}) at {at}", scales[at]);
+            return Err(self.wrong(self.names.scale, "scales that are numbers".into(), found));
+        }
         Ok(Fp4Values { codes, scales, global })
     }
 

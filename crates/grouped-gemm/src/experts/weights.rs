@@ -49,8 +49,8 @@ impl PackedExperts {
     /// the configuration is packed as zeros, whatever it holds.
     ///
     /// # Errors
-    /// [`ExpertsError::Weight`] with the expert, the tensor, and what is wrong with it; [`ExpertsError::Gemm`] for FP4
-    /// scales that are NaN or too far apart.
+    /// [`ExpertsError::Weight`] with the expert, the tensor, and what is wrong with it; [`ExpertsError::Gemm`] for
+    /// MXFP4 scales that are too far apart.
     pub fn pack(
         scheme: Scheme,
         config: &MoeConfig,
