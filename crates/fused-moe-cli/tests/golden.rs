@@ -12,12 +12,10 @@ use safetensors::tensor::Dtype;
 const UNQUANTISED: f64 = 1e-2;
 /// Of an FP8 checkpoint, against a reference that does not quantise the activations.
 const FP8: f64 = 6e-2;
-/// Of an FP8 checkpoint, against a reference that does, where the layer does.
-const FP8_SAME_POINTS: f64 = 1.5e-2;
+/// Of an FP8 or NVFP4 checkpoint, against a reference that does, where the layer does.
+const SAME_POINTS: f64 = 1.5e-2;
 /// The same of NVFP4, whose activations have eight magnitudes: 0.16 is what the reference itself differs by.
 const NVFP4: f64 = 2e-1;
-/// Of NVFP4 with the same points, where a value beside a boundary may take the next code, which is far.
-const NVFP4_SAME_POINTS: f64 = 3e-2;
 /// Of a bf16 checkpoint that is quantised at load.
 const QUANTISED_AT_LOAD: f64 = 8e-2;
 
@@ -60,14 +58,6 @@ cases! {
     mixtral_fp8_static
 }
 
-/// Cases that no backend runs as they are stored, with a word of the reason.
-const REFUSED: &[(&str, &str)] = &[
-    ("gpt_oss", "activation"),
-    ("gpt_oss_mxfp4", "activation"),
-    ("qwen3_moe_nvfp4", "nvfp4"),
-    ("mixtral_fp8_static", "fp8-per-tensor-static"),
-];
-
 #[test]
 fn every_case_of_the_manifest_is_tested() {
     let named: Vec<String> =
@@ -77,9 +67,6 @@ fn every_case_of_the_manifest_is_tested() {
 
 /// Every backend over 1, 2 and 8 ranks.
 fn check(case: &str) {
-    if let Some((_, why)) = REFUSED.iter().find(|(name, _)| *name == case) {
-        return Run::golden(case, Path::new("")).refused(2, &[why]);
-    }
     let folder = tempfile::tempdir().unwrap();
     let expected = read(&golden(case).join("expected.safetensors"));
     for comm in COMMS {
@@ -125,8 +112,8 @@ fn tolerances(case: &str) -> Tolerances {
     let (dequantised, same_points) = match manifest_entry(case)["quant"].as_str().unwrap() {
         // The activations of MXFP4 are those of the model.
         "none" | "mxfp4" => (UNQUANTISED, None),
-        "nvfp4" => (NVFP4, Some(NVFP4_SAME_POINTS)),
-        _ => (FP8, Some(FP8_SAME_POINTS)),
+        "nvfp4" => (NVFP4, Some(SAME_POINTS)),
+        _ => (FP8, Some(SAME_POINTS)),
     };
     Tolerances { dequantised, same_points }
 }
@@ -175,7 +162,16 @@ fn check_with(case: &str, options: &str, tolerance: f64) {
 
 #[rstest]
 fn a_bf16_checkpoint_is_quantised_at_load(
-    #[values("mixtral_packed", "qwen3_moe_norm", "qwen3_moe_no_norm", "qwen2_moe", "deepseek_v3")] case: &str,
+    #[values(
+        "mixtral_packed",
+        "qwen3_moe_norm",
+        "qwen3_moe_no_norm",
+        "qwen2_moe",
+        "deepseek_v3",
+        "gpt_oss",
+        "qwen3_5_moe_packed"
+    )]
+    case: &str,
     #[values("fp8-block", "fp8-ptpc", "fp8-per-tensor")] quant: &str,
 ) {
     for (comm, ranks) in COMMS.into_iter().flat_map(|comm| [(comm, 1), (comm, 3), (comm, 8)]) {
@@ -191,7 +187,8 @@ fn a_quantised_checkpoint_is_dequantised_at_load(
         "qwen3_moe_fp8_block_bf16_scale",
         "deepseek_v3_fp8_ptpc_bf16",
         "qwen3_moe_nvfp4",
-        "mixtral_fp8_static"
+        "mixtral_fp8_static",
+        "gpt_oss_mxfp4"
     )]
     case: &str,
 ) {
@@ -204,6 +201,9 @@ fn a_quantised_checkpoint_is_dequantised_at_load(
 #[rstest]
 #[case("deepseek_v3_fp8_block", "fp8-block")]
 #[case("deepseek_v3_fp8_ptpc_f32", "fp8-ptpc")]
+#[case("gpt_oss_mxfp4", "mxfp4")]
+#[case("qwen3_moe_nvfp4", "nvfp4")]
+#[case("mixtral_fp8_static", "fp8-per-tensor-static")]
 fn the_scheme_of_the_checkpoint_may_be_named(#[case] case: &str, #[case] quant: &str) {
     let folder = tempfile::tempdir().unwrap();
     let outputs = ["auto", quant].map(|quant| {
