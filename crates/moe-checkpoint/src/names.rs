@@ -100,9 +100,9 @@ impl Names {
                 Wanted::packed(&down, hidden, intermediate, whole),
             ],
             Experts::GptOss { blocks } => [
-                Wanted::gpt_oss(&gate_up, intermediate, hidden, part(0, 2, both), blocks),
-                Wanted::gpt_oss(&gate_up, intermediate, hidden, part(1, 2, both), blocks),
-                Wanted::gpt_oss(&down, hidden, intermediate, whole, blocks),
+                Wanted::gpt_oss(&gate_up, [intermediate, hidden], part(0, 2, both), blocks),
+                Wanted::gpt_oss(&gate_up, [intermediate, hidden], part(1, 2, both), blocks),
+                Wanted::gpt_oss(&down, [hidden, intermediate], whole, blocks),
             ],
         }
     }

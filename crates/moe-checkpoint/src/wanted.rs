@@ -81,7 +81,7 @@ impl Wanted {
     }
 
     /// `part` of gpt-oss's packed tensor `base`, which has a bias; `blocks` if it is MXFP4.
-    pub(crate) fn gpt_oss(base: &str, rows: usize, cols: usize, part: PackedPart, blocks: bool) -> Self {
+    pub(crate) fn gpt_oss(base: &str, [rows, cols]: [usize; 2], part: PackedPart, blocks: bool) -> Self {
         let wanted = Self { bias: Some(format!("{base}_bias")), ..Self::packed(base, rows, cols, part) };
         if !blocks {
             return Self { form: Form::InOut, ..wanted };

@@ -49,10 +49,11 @@ pub(crate) fn find(files: &TensorFiles, wanted: Wanted, declared: QuantScheme) -
     let values = files.get(&wanted.tensor)?;
     let dtype = element_type(&wanted, &values)?;
     wanted.check_shape(&values)?;
-    let scale = find_scale(files, &wanted, &values, dtype, declared)?;
+    let weight = Weight { wanted: &wanted, values: &values, dtype };
+    let scale = find_scale(files, weight, declared)?;
     let input_scale = find_input_scale(files, &wanted, scale.as_ref())?;
     if input_scale.is_none() && scale.as_ref().is_some_and(|scale| scale.kind == ScaleKind::Nv16) {
-        return Err(missing_scale(&wanted, &values, dtype, &wanted.input_scale));
+        return Err(weight.missing_scale(&wanted.input_scale));
     }
     let bias = match &wanted.bias {
         None => None,
@@ -90,22 +91,31 @@ fn bad_dtype(tensor: &str, stored: &Stored<'_>, wanted: &'static str) -> Checkpo
     CheckpointError::BadDType { tensor, path, wanted, found: format!("{:?}", stored.dtype) }
 }
 
-fn missing_scale(wanted: &Wanted, values: &Stored<'_>, dtype: DType, names: &[String]) -> CheckpointError {
-    CheckpointError::MissingScale {
-        tensor: wanted.tensor.clone(),
-        dtype: if dtype == DType::Fp4E2M1x2 { "FP4" } else { "FP8" },
-        path: values.path.to_owned(),
-        wanted: names.join(", "),
+/// A weight whose scale is looked for.
+#[derive(Clone, Copy)]
+struct Weight<'a> {
+    wanted: &'a Wanted,
+    values: &'a Stored<'a>,
+    dtype: DType,
+}
+
+impl Weight<'_> {
+    fn missing_scale(&self, names: &[String]) -> CheckpointError {
+        CheckpointError::MissingScale {
+            tensor: self.wanted.tensor.clone(),
+            dtype: if self.dtype == DType::Fp4E2M1x2 { "FP4" } else { "FP8" },
+            path: self.values.path.to_owned(),
+            wanted: names.join(", "),
+        }
     }
 }
 
 fn find_scale<'c>(
     files: &'c TensorFiles,
-    wanted: &Wanted,
-    values: &Stored<'_>,
-    dtype: DType,
+    weight: Weight<'_>,
     declared: QuantScheme,
 ) -> Result<Option<FoundScale<'c>>> {
+    let Weight { wanted, values, dtype } = weight;
     let mut scales = Vec::new();
     for (names, inverse) in [(&wanted.scale_inv, true), (&wanted.scale, false)] {
         for name in names {
@@ -130,16 +140,16 @@ fn find_scale<'c>(
         return Err(CheckpointError::UnexpectedScale { tensor, dtype: dtype.to_string(), scale });
     }
     match scales.pop() {
-        None if is_fp4 => Err(missing_scale(wanted, values, dtype, &wanted.scale)),
+        None if is_fp4 => Err(weight.missing_scale(&wanted.scale)),
         None if dtype.is_fp8() => {
             let names = [wanted.scale_inv.as_slice(), &wanted.scale].concat();
-            Err(missing_scale(wanted, values, dtype, &names))
+            Err(weight.missing_scale(&names))
         }
         None => Ok(None),
         Some((name, stored, _)) if is_fp4 => {
             let kind = fp4_scale(wanted, values, &name, &stored)?;
             if let (ScaleKind::Nv16, None) = (kind, &global) {
-                return Err(missing_scale(wanted, values, dtype, wanted.global_scale.as_slice()));
+                return Err(weight.missing_scale(wanted.global_scale.as_slice()));
             }
             if let Some(global) = &global {
                 check_scalar(global, None)?;
@@ -364,16 +374,16 @@ impl<'c> Found<'c> {
     }
 
     fn read_scale(&self, scale: &FoundScale<'c>) -> Result<WeightScale<'c>> {
-        let (rows, cols) = (self.wanted.rows, self.wanted.cols);
+        let cols = self.wanted.cols;
         match scale.kind {
             ScaleKind::Mx32 => {
                 let codes = self.strided(scale.stored.bytes, DType::E8M0, cols / MX_GROUP);
-                check_codes(&codes, scale, [rows, cols / MX_GROUP], e8m0, "finite")?;
+                check_codes(&codes, scale, e8m0, "finite")?;
                 return Ok(WeightScale::Mx32(codes));
             }
             ScaleKind::Nv16 => {
                 let blocks = self.strided(scale.stored.bytes, DType::Fp8E4M3Fn, cols / NV_GROUP);
-                check_codes(&blocks, scale, [rows, cols / NV_GROUP], e4m3, "finite and not negative")?;
+                check_codes(&blocks, scale, e4m3, "finite and not negative")?;
                 let global = match &scale.global {
                     Some(global) => small(global).to_f32(Allowed::SecondLevel)?[0],
                     None => 1.0,
@@ -424,12 +434,12 @@ fn small<'a>(named: &'a Named<'_>) -> SmallTensor<'a> {
 fn check_codes(
     codes: &Matrix<'_>,
     scale: &FoundScale<'_>,
-    [rows, cols]: [usize; 2],
     decode: fn(u8) -> f32,
     wanted: &'static str,
 ) -> Result<()> {
+    let cols = codes.cols();
     let fine: [bool; 256] = std::array::from_fn(|code| decode(code as u8) >= 0.0);
-    for row in 0..rows {
+    for row in 0..codes.rows() {
         let bad = |&col: &usize| !fine[usize::from(codes.byte(row, col))];
         if let Some(col) = (0..cols).find(bad) {
             return Err(CheckpointError::BadValue {
