@@ -14,9 +14,12 @@
 //! |---|---|---|---|---|
 //! | none (bf16) | | | | hidden 64, intermediate 128 |
 //! | fp8-block | 128x128 | 1x128 of a row | 1x128 of a (token, slot) | hidden 128, intermediate 128 |
+//! | fp8-per-tensor-static | matrix | of the layer | of the layer | hidden 32, intermediate 16 |
+//! | nvfp4 | 1x16, matrix | 1x16 of a row, of the layer | 1x16 of a (token, slot), of the layer | hidden 256, intermediate 64 |
 //!
 //! (Sizes are multiples of what the table says.) Whatever the scheme, there are a multiple of four experts, more
-//! than a row takes, in equal ranges over the ranks, none of them redundant; the activation is SiLU. The routing
+//! than a row takes, in equal ranges over the ranks, none of them redundant; the activation is SiLU, with NVFP4 also
+//! its clamped form and gpt-oss's, and only there experts have biases. The routing
 //! methods that are built in have limits of their own. Everything else is refused with its reason, never rounded to what
 //! fits.
 //!

@@ -84,7 +84,7 @@ fn layer_of(method: RoutingMethod, quant: QuantScheme, rng: &mut Pcg64Mcg) -> (C
 }
 
 #[rstest]
-fn monolithic_is_router_and_routed(#[values(0, 1)] scheme: usize) {
+fn monolithic_is_router_and_routed(#[values(0, 1, 2, 3)] scheme: usize) {
     let rng = &mut fresh_rng();
     for limits in ROUTING {
         let (case, config, batch) = layer_of(limits.method, SCHEMES[scheme], rng);
@@ -180,4 +180,33 @@ fn partial_sums_make_the_whole(#[values(1, 4)] top_k: usize, #[values(2, 4, 16)]
             assert!(apart <= APART, "{apart:.2e} from the whole");
         }
     }
+}
+
+/// Llama 4 in FP8 per tensor: the routing weight multiplies what gemm1 gives. A weight of 1 does so in both places.
+#[test]
+fn llama4_weighs_the_input() {
+    let rng = &mut fresh_rng();
+    let (case, on_output, mut batch) =
+        layer_of(RoutingMethod::Llama4, QuantScheme::Fp8PerTensorStatic(FN), rng);
+    let on_input = MoeConfig { apply_router_weight_on_input: true, ..on_output.clone() };
+    let weights = case.weights();
+    let all = (&*weights.matrices(), Rank(0));
+    let run = |config: &MoeConfig, batch: &Batch| {
+        Built::new(&monolithic(), config, all, batch.max_rows()).apply(batch).unwrap()
+    };
+    for (at, logits) in batch.logits.chunks_mut(case.num_experts).take(batch.rows).enumerate() {
+        logits.fill(-9.0);
+        logits[at % case.num_experts] = 40.0;
+    }
+    let of_ones = run(&on_input, &batch);
+    assert_eq!(bits(&of_ones), bits(&run(&on_output, &batch)));
+    // σ(-1.5) inside of the activation is another function than outside.
+    batch.logits.iter_mut().filter(|logit| **logit == 40.0).for_each(|logit| *logit = -1.5);
+    let (inside, outside) = (run(&on_input, &batch), run(&on_output, &batch));
+    choose(&on_input, &mut batch);
+    let reference = Built::new(&reference::ReferenceExperts, &on_input, all, batch.max_rows());
+    let want: Vec<f64> = reference.apply(&batch).unwrap().iter().map(|x| x.to_f64()).collect();
+    let wide = |values: &[bf16]| values.iter().map(|x| x.to_f32()).collect::<Vec<_>>();
+    let (right, wrong) = (relative_l2(&wide(&inside), &want), relative_l2(&wide(&outside), &want));
+    assert!(right <= 3e-2 && wrong > 0.1, "{right:.2e}, on the output {wrong:.2e}");
 }

@@ -4,14 +4,14 @@
 mod common;
 
 use common::*;
-use fused_moe_core::{QuantScheme, Registry, Selection};
-use moe_conformance::{Outcome, Settings, layer, reference};
+use fused_moe_core::{Activation, QuantScheme, Registry, Selection};
+use moe_conformance::{Case, Outcome, Settings, layer, reference};
 use rstest::rstest;
 
-fn run(experts: &str, quant: QuantScheme, ep_size: usize) {
+fn run(experts: &str, cases: impl IntoIterator<Item = Case>) {
     let registry =
         Registry::new().with_comm(reference::ReferenceComm).with_experts(monolithic()).with_experts(routed());
-    for case in cases(quant, ep_size) {
+    for case in cases {
         let selection = Selection { comm: None, experts: Some(experts) };
         let outcome = layer::run(&registry, &case, selection, Settings::default());
         assert_eq!(outcome, Outcome::Pass, "{case}");
@@ -21,10 +21,25 @@ fn run(experts: &str, quant: QuantScheme, ep_size: usize) {
 #[rstest]
 fn layers_agree_with_the_oracle(
     #[values("trtllm", "trtllm_routed")] experts: &str,
-    #[values(0, 1)] scheme: usize,
+    #[values(0, 1, 2, 3)] scheme: usize,
     #[values(1, 4)] ep_size: usize,
 ) {
-    run(experts, SCHEMES[scheme], ep_size);
+    run(experts, cases(SCHEMES[scheme], ep_size));
+}
+
+/// What only block-scaled FP4 kernels take, and padding, which is zeros to every kernel.
+#[rstest]
+fn fp4_takes_activations_and_biases(#[values("trtllm", "trtllm_routed")] experts: &str) {
+    let with = |activation, expert_bias| Case { activation, expert_bias, ..case(QuantScheme::Nvfp4, 2) };
+    run(
+        experts,
+        [
+            with(Activation::SWIGLU_OAI, true),
+            with(Activation::SiluClamped { limit: 1.5 }, false),
+            with(Activation::Silu, true).padded(),
+        ],
+    );
+    run(experts, SCHEMES.map(|quant| case(quant, 2).padded()));
 }
 
 /// `auto` takes what is registered first, and monolithic experts only where the router is known.

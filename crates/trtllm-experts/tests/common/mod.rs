@@ -11,7 +11,12 @@ use trtllm_experts::{TrtllmExperts, TrtllmRoutedExperts};
 pub const FN: Fp8Format = Fp8Format::E4M3Fn;
 
 /// The schemes that both forms run.
-pub const SCHEMES: [QuantScheme; 2] = [QuantScheme::Unquantized, QuantScheme::Fp8Block(FN)];
+pub const SCHEMES: [QuantScheme; 4] = [
+    QuantScheme::Unquantized,
+    QuantScheme::Fp8Block(FN),
+    QuantScheme::Fp8PerTensorStatic(FN),
+    QuantScheme::Nvfp4,
+];
 
 /// Rows behind the valid ones.
 const GARBAGE: usize = 3;
