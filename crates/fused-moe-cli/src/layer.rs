@@ -50,7 +50,7 @@ fn check_conversion(stored: QuantScheme, wanted: QuantScheme) -> Result<(), Fail
         return Ok(());
     }
     let why = if stored == QuantScheme::Unquantized { ", only run as a checkpoint stores it" } else { "" };
-    refused(format!("--quant: the weights are {stored}, which cannot be turned into {wanted}{why}"))
+    refused(format!("--quant: the experts' weights are {stored}, which cannot be turned into {wanted}{why}"))
 }
 
 /// The layer that the arguments name.

@@ -142,6 +142,49 @@ fn fp8_codes_without_a_scale() {
     refused(&copy, &["weight", "scale"]);
 }
 
+/// Blocks and scales of FP4 that are not what they should be; `byte` fills a tensor of its own shape.
+#[rstest]
+#[case::mxfp4_nan(
+    "gpt_oss_mxfp4",
+    "model.layers.0.mlp.experts.gate_up_proj_scales",
+    Some(0xff),
+    "holds NaN at index 0"
+)]
+#[case::mxfp4_scales("gpt_oss_mxfp4", "model.layers.0.mlp.experts.down_proj_scales", None, "has no scale")]
+#[case::gpt_oss_bias("gpt_oss_mxfp4", "model.layers.0.mlp.experts.down_proj_bias", None, "is missing")]
+#[case::router_bias("gpt_oss_mxfp4", "model.layers.0.mlp.router.bias", None, "is missing")]
+#[case::nvfp4_nan(
+    "qwen3_moe_nvfp4",
+    "model.layers.0.mlp.experts.3.up_proj.weight_scale",
+    Some(0x7f),
+    "holds NaN"
+)]
+#[case::nvfp4_global(
+    "qwen3_moe_nvfp4",
+    "model.layers.0.mlp.experts.3.up_proj.weight_scale_2",
+    None,
+    "has no scale"
+)]
+#[case::input_scale(
+    "qwen3_moe_nvfp4",
+    "model.layers.0.mlp.experts.3.up_proj.input_scale",
+    Some(0),
+    "holds 0 at index 0"
+)]
+fn fp4_that_is_damaged(
+    #[case] case: &str,
+    #[case] name: &str,
+    #[case] byte: Option<u8>,
+    #[case] words: &str,
+) {
+    let copy = Copied::of(case);
+    copy.edit_tensors(|tensors| match byte {
+        Some(byte) => tensors.get_mut(name).unwrap().bytes.fill(byte),
+        None => assert!(tensors.remove(name).is_some()),
+    });
+    refused(&copy, &[words]);
+}
+
 #[test]
 fn weights_of_a_wrong_type() {
     let weight = format!("{UP}.weight");
