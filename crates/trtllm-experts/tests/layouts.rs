@@ -133,58 +133,119 @@ fn sizes_that_do_not_fill_a_layout_are_refused() {
 }
 
 /// All experts of a rank in FlashInfer's order, as an engine that feeds the device kernels would hold them.
+#[derive(Default)]
 struct Engine {
     bf16: [Vec<bf16>; 2],
     codes: [Vec<u8>; 2],
     scales: [Vec<f32>; 2],
+    blocks: [Vec<u8>; 2],
+    inputs: [f32; 2],
+    quant: Option<QuantScheme>,
 }
 
 impl Engine {
     fn new(config: &MoeConfig, experts: &[ExpertMatrices<'_>]) -> Self {
         let layouts = SchemeLayouts::of(config.quant).unwrap();
-        let mut engine = Self { bf16: [vec![], vec![]], codes: [vec![], vec![]], scales: [vec![], vec![]] };
+        let mut engine = Self { quant: Some(config.quant), ..Self::default() };
         for ExpertMatrices { gate, up, down } in experts {
-            let columns = gate.values.dims()[1];
+            let [columns, wide] = [gate, down].map(|matrix| matrix.values.dims()[1]);
             if config.quant == QuantScheme::Unquantized {
-                let [gate, up, down] = [gate, up, down].map(|m| m.values.as_slice::<bf16>().unwrap());
-                let w13 = TrtllmMatrix::from_gate_up(gate, up, columns, layouts.w13).unwrap();
-                let w2 = TrtllmMatrix::from_rows(down, down.len() / config.hidden, layouts.w2).unwrap();
+                let [g, u, d] = [gate, up, down].map(|m| m.values.as_slice::<bf16>().unwrap());
+                let w13 = TrtllmMatrix::from_gate_up(g, u, columns, layouts.w13).unwrap();
                 engine.bf16[0].extend(w13.values());
-                engine.bf16[1].extend(w2.values());
+                engine.bf16[1].extend(TrtllmMatrix::from_rows(d, wide, layouts.w2).unwrap().values());
             } else {
                 let [g, u, d] = [gate, up, down].map(|m| m.values.as_slice::<u8>().unwrap());
                 let w13 = TrtllmMatrix::from_gate_up(g, u, columns, layouts.w13).unwrap();
-                let w2 = TrtllmMatrix::from_rows(d, d.len() / config.hidden, layouts.w2).unwrap();
                 engine.codes[0].extend(w13.values());
-                engine.codes[1].extend(w2.values());
-                for (into, matrix) in [(0, up), (0, gate), (1, down)] {
-                    let Some(WeightScale::Block128(scales)) = matrix.scale else { panic!("no block scale") };
-                    engine.scales[into].extend(scales.as_slice::<f32>().unwrap());
-                }
+                engine.codes[1].extend(TrtllmMatrix::from_rows(d, wide, layouts.w2).unwrap().values());
             }
+            for (gemm, matrix) in [(0, gate), (0, up), (1, down)] {
+                engine.inputs[gemm] = engine.inputs[gemm].max(matrix.input_scale.unwrap_or(0.0));
+            }
+            engine.add_scales(layouts, [gate, up, down].map(|matrix| matrix.scale));
         }
         engine
     }
 
+    fn add_scales(&mut self, layouts: SchemeLayouts, scales: [Option<WeightScale<'_>>; 3]) {
+        let swizzled = |blocks: TrtllmMatrix<'_, u8>| {
+            SwizzledScales::from_rows(blocks.values(), blocks.dims(), ScaleTile::Rows128x4).unwrap()
+        };
+        let bytes = |blocks: TensorView<'_>| blocks.as_slice::<u8>().unwrap().to_vec();
+        match scales {
+            [Some(WeightScale::Tensor(gate)), _, Some(WeightScale::Tensor(down))] => {
+                self.scales[0].push(gate);
+                self.scales[1].push(down);
+            }
+            [
+                Some(WeightScale::Block128(gate)),
+                Some(WeightScale::Block128(up)),
+                Some(WeightScale::Block128(down)),
+            ] => {
+                for (into, scales) in [(0, up), (0, gate), (1, down)] {
+                    self.scales[into].extend(scales.as_slice::<f32>().unwrap());
+                }
+            }
+            [
+                Some(WeightScale::Nv16 { blocks: gate, global: first }),
+                Some(WeightScale::Nv16 { blocks: up, .. }),
+                Some(WeightScale::Nv16 { blocks: down, global: second }),
+            ] => {
+                let [k, n] = [gate, down].map(|blocks| blocks.dims()[1]);
+                let w13 = TrtllmMatrix::from_gate_up(&bytes(gate), &bytes(up), k, layouts.w13).unwrap();
+                let w2 = TrtllmMatrix::from_rows(&bytes(down), n, layouts.w2).unwrap();
+                self.blocks[0].extend(swizzled(w13).bytes());
+                self.blocks[1].extend(swizzled(w2).bytes());
+                self.scales[0].push(first);
+                self.scales[1].push(second);
+            }
+            _ => assert_eq!(self.quant, Some(QuantScheme::Unquantized)),
+        }
+    }
+
     fn lend(&self) -> TrtllmWeights<'_> {
-        let [w13, w2] = [0, 1].map(|which| match self.bf16[which].is_empty() {
-            true => TrtllmValues::Codes(&self.codes[which]),
-            false => TrtllmValues::Bf16(&self.bf16[which]),
+        let [w13, w2] = [0, 1].map(|which| match self.quant {
+            Some(QuantScheme::Unquantized) => TrtllmValues::Bf16(&self.bf16[which]),
+            _ => TrtllmValues::Codes(&self.codes[which]),
         });
-        let scales = match self.bf16[0].is_empty() {
-            true => TrtllmScales::Block128 { w13: &self.scales[0], w2: &self.scales[1] },
-            false => TrtllmScales::None,
+        let ([scale13, scale2], inputs) = (&self.scales, self.inputs);
+        let scales = match self.quant {
+            Some(QuantScheme::Fp8Block(_)) => TrtllmScales::Block128 { w13: scale13, w2: scale2 },
+            Some(QuantScheme::Fp8PerTensorStatic(_)) => {
+                TrtllmScales::Tensor { w13: scale13, w2: scale2, inputs }
+            }
+            Some(QuantScheme::Nvfp4) => TrtllmScales::Nv16 {
+                w13: &self.blocks[0],
+                w2: &self.blocks[1],
+                w13_global: scale13,
+                w2_global: scale2,
+                inputs,
+            },
+            _ => TrtllmScales::None,
         };
         TrtllmWeights { w13, w2, scales }
     }
 }
 
+/// Gate and up under one scale per tensor, as FlashInfer has them.
+fn share_scales(expert: &mut ExpertMatrices<'_>) {
+    match (&expert.gate.scale, &mut expert.up.scale) {
+        (Some(WeightScale::Tensor(gate)), Some(WeightScale::Tensor(up))) => *up = *gate,
+        (Some(WeightScale::Nv16 { global: gate, .. }), Some(WeightScale::Nv16 { global: up, .. })) => {
+            *up = *gate
+        }
+        _ => {}
+    }
+}
+
 /// Weights that went through FlashInfer's order give the same bits.
 #[rstest]
-fn experts_come_back_from_flashinfer(#[values(0, 1)] scheme: usize, #[values(1, 2)] ep_size: usize) {
+fn experts_come_back_from_flashinfer(#[values(0, 1, 2, 3)] scheme: usize, #[values(1, 2)] ep_size: usize) {
     let case: Case = case(SCHEMES[scheme], ep_size);
     let (config, batch, weights) = (case.config(), Batch::of(&case), case.weights());
-    let all = weights.matrices();
+    let mut all = weights.matrices();
+    all.iter_mut().for_each(share_scales);
     let rank = Rank(ep_size as u32 - 1);
     let engine = Engine::new(&config, &local(&config, &all, rank));
     let owned = from_trtllm(&config, rank, engine.lend()).unwrap();
@@ -195,7 +256,10 @@ fn experts_come_back_from_flashinfer(#[values(0, 1)] scheme: usize, #[values(1, 
     assert_eq!(bits(&built.apply(&batch).unwrap()), bits(&want));
 
     let mut wrong = engine.lend();
-    wrong.scales = TrtllmScales::Tensor { w13: &[], w2: &[], inputs: [1.0; 2] };
+    wrong.scales = match config.quant {
+        QuantScheme::Unquantized => TrtllmScales::Block128 { w13: &[], w2: &[] },
+        _ => TrtllmScales::None,
+    };
     assert!(matches!(from_trtllm(&config, rank, wrong), Err(LayoutError::Scheme { .. })));
     let fewer = MoeConfig { intermediate: 64, ..config };
     assert!(matches!(from_trtllm(&fewer, rank, engine.lend()), Err(LayoutError::Length { .. })));
