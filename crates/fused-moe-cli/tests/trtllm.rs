@@ -47,10 +47,10 @@ fn one_rank_needs_no_collective() {
 
 /// The default dispatch sends rows by their experts, which monolithic ones choose themselves.
 #[rstest]
-#[case::modular_dispatch("--experts trtllm", &["kernel kind", "monolithic", "modular"])]
-#[case::uneven_ranks("--experts trtllm --all2all naive --ep-size 3", &["parallelism", "equally many experts"])]
-#[case::scheme("--experts trtllm_routed --quant fp8-ptpc", &["quantisation", "not per output channel"])]
-#[case::dynamic("--experts trtllm --all2all naive --quant fp8-per-tensor", &["static scale"])]
-fn limits_are_refused_with_reasons(#[case] options: &str, #[case] words: &[&str]) {
-    run("out", options).0.refused(2, words);
+#[case::modular_dispatch(CASE, "--experts trtllm", &["kernel kind", "monolithic", "modular"])]
+#[case::uneven_ranks(CASE, "--experts trtllm --all2all naive --ep-size 3", &["parallelism", "equally many experts"])]
+#[case::scheme("mixtral", "--experts trtllm_routed --quant fp8-ptpc", &["quantisation", "not per output channel"])]
+#[case::dynamic("mixtral", "--experts trtllm --all2all naive --quant fp8-per-tensor", &["static scale"])]
+fn limits_are_refused_with_reasons(#[case] golden: &str, #[case] options: &str, #[case] words: &[&str]) {
+    Run::golden(golden, std::path::Path::new("out")).with(options).refused(2, words);
 }
