@@ -106,13 +106,15 @@ impl Combine {
                         Returned::PartialSums => {
                             let relative = roundings * U + weight_error;
                             partial.value += factor * value;
-                            partial.error += factor.abs() * (error + relative * value.abs());
+                            partial.error += factor.abs() * (error + relative * (value.abs() + error));
                         }
                         Returned::ExpertOutputs => {
                             let output = to_bf16(values[column]);
                             let weighted = factor * output.value;
                             self.add(at, weighted, factor.abs() * output.error);
-                            self.bound[at] += (U + weight_error) * weighted.abs();
+                            // What was off is rounded at the size that it has then.
+                            let most = weighted.abs() + factor.abs() * output.error;
+                            self.bound[at] += (U + weight_error) * most;
                         }
                     }
                 }
@@ -148,6 +150,8 @@ impl Combine {
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::*;
 
     fn expected(returned: Returned, output: DType, error: f64) -> Expected {
@@ -162,6 +166,23 @@ mod tests {
         });
         combine.add_rank(&PairOutputs { pairs: vec![(1, 1.0)], values: vec![value(2.0 * odd)] });
         combine.finish()
+    }
+
+    /// A value that is off by more than its size is rounded by the backend at the size that it has there.
+    #[test]
+    fn roundings_are_those_of_the_value_that_is_off() {
+        for returned in [Returned::PartialSums, Returned::ExpertOutputs] {
+            let rounding = Rounding { returned, output: DType::F32, routes: false };
+            let mut combine = Combine::new(rounding, 1, 1);
+            let far = Bounded { value: 0.125, error: 8.0 };
+            combine.add_rank(&PairOutputs { pairs: vec![(0, 0.7)], values: vec![far] });
+            let Expected { want, bound, .. } = combine.finish();
+            let output = 0.7f32 * 8.125;
+            let got =
+                if returned == Returned::PartialSums { bf16::from_f32(output).to_f32() } else { output };
+            let off = (f64::from(got) - want[0]).abs();
+            assert!(off <= bound[0], "{returned:?}: off by {off}, bound {}", bound[0]);
+        }
     }
 
     #[test]

@@ -2,12 +2,12 @@
 
 use ep_transport::{Endpoint, Traffic};
 use fused_moe_core::{CombineKind, ProcessGroup, Rank, RouterWeight};
-use half::bf16;
 
 use super::arrivals::{Arrivals, conserved};
 use super::handle::{Handle, Lent};
 use super::toy::{Expected, Values};
 use super::{Accepted, Target};
+use crate::bound::nearest;
 use crate::case::{Case, RankInput, RoutingPattern};
 use crate::layer::bits;
 use crate::outcome::{Check, fail, on_ranks};
@@ -51,7 +51,7 @@ impl Round {
         for (at, (&got, (&sum, &magnitude))) in
             out.iter().zip(want.sums.iter().zip(&want.magnitudes)).enumerate()
         {
-            let (exact, rounded) = (sum as f32, bf16::from_f64(sum).to_f32());
+            let (exact, rounded) = (sum as f32, nearest(sum).to_f32());
             let right = match (values, in_bf16) {
                 (Values::Exact, false) => got == exact,
                 (Values::Exact, true) => got == rounded,
