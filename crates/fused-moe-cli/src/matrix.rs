@@ -164,9 +164,11 @@ fn misfits(registry: &Registry, surveys: &Surveys) -> String {
                 reasons.map(|reason| reason.axis.name()).collect::<BTreeSet<_>>()
             };
             // What stands against the pair always, where each of the two alone would run.
-            let always = all().map(axes).filter(|axes| !axes.is_empty()).reduce(|a, b| &a & &b);
-            let always = always.unwrap_or_default();
-            let always = always.into_iter().collect::<Vec<_>>().join(", ");
+            let reasons = || all().map(axes).filter(|axes| !axes.is_empty());
+            let always = reasons().reduce(|a, b| &a & &b).unwrap_or_default();
+            let sometimes = reasons().flatten().collect::<BTreeSet<_>>();
+            let (which, word) = if always.is_empty() { (sometimes, " or ") } else { (always, ", ") };
+            let always = which.into_iter().collect::<Vec<_>>().join(word);
             let pair = format!("`{comm}` with `{experts}`");
             match lines.iter_mut().find(|(axes, _)| *axes == always) {
                 Some((_, pairs)) => pairs.push(pair),

@@ -36,7 +36,8 @@ pub(crate) fn run(provider: &Arc<dyn ExpertsProvider>, case: &'static str, setti
         if !matches!(check, "stage1weight") {
             cases.truncate(CASES_PER_TEST);
         }
-        cases.insert(0, Case::plain(quant, ep_size, settings.seed.derive(7)));
+        let plain = Case::plain(quant, ep_size, settings.seed.derive(7));
+        cases.insert(0, plain.clone());
         match check {
             "oracle" => over(&cases, |case| batches::oracle(&target, case)),
             "gelu" | "gelutanh" | "swigluoai" | "clamped" | "bias" | "padding" | "gptoss"
@@ -58,8 +59,8 @@ pub(crate) fn run(provider: &Arc<dyn ExpertsProvider>, case: &'static str, setti
                 ];
                 over(&cases, |case| batches::oracle(&target, case))
             }
-            "weightbytes" => over(&[small], |case| weight_bytes(&target, case)),
-            "packing" => over(&[small], |case| {
+            "weightbytes" => over(&[plain], |case| weight_bytes(&target, case)),
+            "packing" => over(&[plain], |case| {
                 packing(&target, case)?;
                 batches::foreign_weights(&target, case)
             }),
@@ -70,10 +71,10 @@ pub(crate) fn run(provider: &Arc<dyn ExpertsProvider>, case: &'static str, setti
 }
 
 /// Cases that a test of one property runs.
-const SPECIAL_PER_TEST: usize = 4;
+pub(crate) const SPECIAL_PER_TEST: usize = 4;
 
 /// The case with the property that `check` is about; `None` if it cannot have it.
-fn specialised(check: &str, mut case: Case) -> Option<Case> {
+pub(crate) fn specialised(check: &str, mut case: Case) -> Option<Case> {
     if check == "padding" {
         return Some(case.padded());
     }

@@ -8,7 +8,7 @@
 //! // A prepare/finalize provider (stages 2 and 4), experts (stage 3), and experts that route (stages 1 and 3).
 //! moe_conformance::conformance_comm!(my_comm, moe_conformance::reference::BatchedComm, floor = 20);
 //! moe_conformance::conformance_experts!(my_experts, ReferenceExperts, floor = 111);
-//! moe_conformance::conformance_monolithic!(my_monolithic, MonolithicExperts, floor = 63);
+//! moe_conformance::conformance_monolithic!(my_monolithic, MonolithicExperts, floor = 76);
 //! ```
 //!
 //! A case ends as [`Outcome::Pass`], [`Outcome::Refused`] with reasons, or [`Outcome::Fail`]; nothing is skipped.

@@ -190,6 +190,8 @@ macro_rules! __monolithic_cases {
             oracle_block_ep1 oracle_block_ep2 oracle_block_ep3 oracle_block_ep8
             oracle_ptpc_ep1 oracle_ptpc_ep2 oracle_ptpc_ep3 oracle_ptpc_ep8
             oracle_tensor_ep1 oracle_tensor_ep2 oracle_tensor_ep3 oracle_tensor_ep8
+            swigluoai_none_ep2 swigluoai_nvfp4_ep2 clamped_block_ep2 clamped_nvfp4_ep2 gptoss_mxfp4_ep2 gptoss_nvfp4_ep3
+            bias_none_ep2 bias_block_ep2 bias_nvfp4_ep2 padding_none_ep2 padding_block_ep2 padding_static_ep2 padding_nvfp4_ep2
             weightbytes_none_ep1 weightbytes_block_ep2 weightbytes_ptpc_ep1 weightbytes_tensor_ep2
             packing_none_ep2 packing_block_ep2 packing_ptpc_ep2 packing_tensor_ep2
             layer_none_ep1 layer_none_ep2 layer_none_ep3 layer_none_ep8

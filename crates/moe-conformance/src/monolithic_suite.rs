@@ -11,7 +11,9 @@ use crate::batch::{Batch, Receiver, plan_for, writable};
 use crate::bound::{Combine, Returned, Rounding};
 use crate::case::{Case, RankInput};
 use crate::comm_suite::over;
-use crate::experts_suite::{Poison, Target, layer, local_experts, packing, weight_bytes};
+use crate::experts_suite::{
+    Poison, SPECIAL_PER_TEST, Target, layer, local_experts, packing, specialised, weight_bytes,
+};
 use crate::layer::{bits, routed};
 use crate::named::Named;
 use crate::oracle::{ArrivedRows, Codes, RankExperts};
@@ -28,17 +30,21 @@ pub(crate) fn run(provider: &Arc<dyn ExpertsProvider>, case: &'static str, setti
     };
     let provider = Arc::clone(provider);
     supervised(settings, move || {
-        let small = Case::small(quant, ep_size, settings.seed);
         let target = Target { provider: &provider, kind: KernelKind::Monolithic, settings };
         let mut cases = Case::covering_ep(quant, ep_size, settings.seed);
         // The routing weight can only be applied on the input where it is known before the experts.
         cases.iter_mut().for_each(|case| case.apply_router_weight_on_input = false);
         cases.truncate(CASES_PER_TEST);
-        cases.insert(0, Case::plain(quant, ep_size, settings.seed.derive(7)));
+        let plain = Case::plain(quant, ep_size, settings.seed.derive(7));
+        cases.insert(0, plain.clone());
         match check {
             "oracle" => over(&cases, |case| oracle(&target, case)),
-            "weightbytes" => over(&[small], |case| weight_bytes(&target, case)),
-            "packing" => over(&[small], |case| packing(&target, case)),
+            "swigluoai" | "clamped" | "bias" | "padding" | "gptoss" => {
+                let special: Vec<_> = cases.into_iter().filter_map(|case| specialised(check, case)).collect();
+                over(&special[..SPECIAL_PER_TEST], |case| oracle(&target, case))
+            }
+            "weightbytes" => over(&[plain], |case| weight_bytes(&target, case)),
+            "packing" => over(&[plain], |case| packing(&target, case)),
             "layer" => over(&cases, |case| layer(&target, case)),
             _ => fail(format!("unknown check {check:?}")),
         }
