@@ -2,9 +2,7 @@
 
 use std::num::NonZeroUsize;
 
-use aiter_experts::{
-    AiterError, MAX_BLOCK_M, MAX_TOP_K, MoeSorting, SortMemory, SortPolicy, SortedTokenId,
-};
+use aiter_experts::{AiterError, MAX_BLOCK_M, MAX_TOP_K, MoeSorting, SortMemory, SortPolicy, SortedTokenId};
 use arbitrary::{Result, Unstructured};
 use fused_moe_core::{DType, ExpertMask, ExpertPlacement, NO_EXPERT, Rank, TensorView, TopK};
 
