@@ -11,7 +11,7 @@ use crate::sanitizer::{Missing, Sanitizer};
 use crate::steps::Steps;
 
 /// The crates with unsafe code, and those that drive it.
-const CRATES: [&str; 11] = [
+const CRATES: [&str; 12] = [
     "fused-moe-core",
     "fused-moe-quant",
     "grouped-gemm",
@@ -21,6 +21,7 @@ const CRATES: [&str; 11] = [
     "batched-comm",
     "aiter-experts",
     "batched-experts",
+    "trtllm-experts",
     "fused-moe-router",
     "moe-checkpoint",
 ];
