@@ -1,10 +1,11 @@
 //! Waiting for memory to change: spin briefly, then sleep until whoever changed it rings.
 
 use std::hint::spin_loop;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::deadline::Deadline;
+use crate::handshake::Word;
 use crate::symmetric::SymWord;
 
 /// Looks at the awaited memory between two looks at the clock.
@@ -72,16 +73,31 @@ impl Sleepers {
 /// A bell that one rank sleeps on and all others ring.
 ///
 /// Two words without pointers, so it may lie in memory shared between processes.
+pub(crate) type Doorbell = DoorbellOf<AtomicU32, AtomicU64>;
+
+/// A [`Doorbell`] made of any kind of words.
 #[derive(Debug, Default)]
 #[repr(C, align(64))]
-pub(crate) struct Doorbell {
-    /// Rings so far, modulo 2^32: the futex.
-    rings: AtomicU32,
+pub(crate) struct DoorbellOf<R, S> {
+    /// Rings so far, modulo 2^32.
+    rings: R,
     /// A packed [`Sleepers`]: threads asleep, or about to be.
-    sleepers: AtomicU64,
+    sleepers: S,
 }
 
-impl Doorbell {
+/// A 32-bit word to sleep on.
+pub(crate) trait Futex {
+    /// As [`AtomicU32::load`], acquiring.
+    fn load(&self) -> u32;
+    /// Adds one, releasing.
+    fn increment(&self);
+    /// Sleeps while the word is `value`, at most `limit`; may return early.
+    fn sleep_while(&self, value: u32, limit: Duration);
+    /// Wakes everyone who sleeps on the word.
+    fn wake_all(&self);
+}
+
+impl<R: Futex, S: Word> DoorbellOf<R, S> {
     /// Wakes the sleepers if they may be waiting for `cause`. Called after the store that they wait for.
     ///
     /// The cause matters where ranks share cores: a rank that waits for eight signals in turn is otherwise woken
@@ -89,10 +105,10 @@ impl Doorbell {
     pub(crate) fn ring(&self, cause: Cause) {
         // This fence and the one in `wait` make sure that either the ringer sees the sleeper or the sleeper sees
         // the ringer's store; without them both could miss each other.
-        fence(Ordering::SeqCst);
+        S::fence(Ordering::SeqCst);
         if Sleepers::unpack(self.sleepers.load(Ordering::Relaxed)).heed(cause) {
-            self.rings.fetch_add(1, Ordering::Release);
-            wake_all(&self.rings);
+            self.rings.increment();
+            self.rings.wake_all();
         }
     }
 
@@ -120,60 +136,79 @@ impl Doorbell {
                 break;
             }
         }
+        self.sleep_until(cause, || deadline.remaining(), ready)
+    }
+
+    /// Sleeps until `ready` gives a value; `None` once there is no time `remaining`.
+    pub(crate) fn sleep_until<T>(
+        &self,
+        cause: Cause,
+        mut remaining: impl FnMut() -> Option<Duration>,
+        mut ready: impl FnMut() -> Option<T>,
+    ) -> Option<T> {
         self.update_sleepers(|sleepers| sleepers.joined(cause));
-        fence(Ordering::SeqCst);
+        S::fence(Ordering::SeqCst);
         let outcome = loop {
-            let heard = self.rings.load(Ordering::Acquire);
+            let heard = self.rings.load();
             if let Some(value) = ready() {
                 break Some(value);
             }
-            let Some(left) = deadline.remaining() else { break None };
-            sleep_while(&self.rings, heard, left);
+            let Some(left) = remaining() else { break None };
+            self.rings.sleep_while(heard, left);
         };
         self.update_sleepers(Sleepers::left);
         outcome
     }
 
     fn update_sleepers(&self, change: impl Fn(Sleepers) -> Sleepers) {
-        let packed = |packed| Some(change(Sleepers::unpack(packed)).pack());
-        // The closure always gives a new value, so the update always succeeds.
-        let _ = self.sleepers.fetch_update(Ordering::Relaxed, Ordering::Relaxed, packed);
+        let mut packed = self.sleepers.load(Ordering::Relaxed);
+        while let Err(found) = self.sleepers.replace(packed, change(Sleepers::unpack(packed)).pack()) {
+            packed = found;
+        }
     }
 }
 
-/// Sleeps while `word` is `value`, at most `limit`; may return early.
-#[cfg(target_os = "linux")]
-fn sleep_while(word: &AtomicU32, value: u32, limit: Duration) {
-    use rustix::thread::futex;
-
-    // A limit beyond what the kernel's clock can say is cut; the caller loops.
-    let limit = limit.min(Duration::from_secs(3600));
-    let limit = futex::Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos().into() };
-    // Not FUTEX_PRIVATE: the word may be shared between processes. An error is an early return: the word has
-    // changed (EAGAIN), a signal came (EINTR), or the time is up (ETIMEDOUT).
-    let _ = futex::wait(word, futex::Flags::empty(), value, Some(&limit));
-}
-
-/// Wakes everyone who sleeps on `word`.
-#[cfg(target_os = "linux")]
-fn wake_all(word: &AtomicU32) {
-    use rustix::thread::futex;
-
-    // The only errors are those of a bad address, which a reference is not.
-    let _ = futex::wake(word, futex::Flags::empty(), i32::MAX as u32);
-}
-
-/// Without a futex a sleeper naps and looks again.
-#[cfg(not(target_os = "linux"))]
-fn sleep_while(word: &AtomicU32, value: u32, limit: Duration) {
-    const NAP: Duration = Duration::from_micros(50);
-    if word.load(Ordering::Relaxed) == value {
-        std::thread::sleep(limit.min(NAP));
+impl Futex for AtomicU32 {
+    fn load(&self) -> u32 {
+        self.load(Ordering::Acquire)
     }
-}
 
-#[cfg(not(target_os = "linux"))]
-fn wake_all(_word: &AtomicU32) {}
+    fn increment(&self) {
+        self.fetch_add(1, Ordering::Release);
+    }
+
+    #[cfg(target_os = "linux")]
+    fn sleep_while(&self, value: u32, limit: Duration) {
+        use rustix::thread::futex;
+
+        // A limit beyond what the kernel's clock can say is cut; the caller loops.
+        let limit = limit.min(Duration::from_secs(3600));
+        let limit = futex::Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos().into() };
+        // Not FUTEX_PRIVATE: the word may be shared between processes. An error is an early return: the word has
+        // changed (EAGAIN), a signal came (EINTR), or the time is up (ETIMEDOUT).
+        let _ = futex::wait(self, futex::Flags::empty(), value, Some(&limit));
+    }
+
+    #[cfg(target_os = "linux")]
+    fn wake_all(&self) {
+        use rustix::thread::futex;
+
+        // The only errors are those of a bad address, which a reference is not.
+        let _ = futex::wake(self, futex::Flags::empty(), i32::MAX as u32);
+    }
+
+    /// Without a futex a sleeper naps and looks again.
+    #[cfg(not(target_os = "linux"))]
+    fn sleep_while(&self, value: u32, limit: Duration) {
+        const NAP: Duration = Duration::from_micros(50);
+        if self.load(Ordering::Relaxed) == value {
+            std::thread::sleep(limit.min(NAP));
+        }
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn wake_all(&self) {}
+}
 
 #[cfg(test)]
 mod tests {

@@ -40,10 +40,12 @@
 //! memory to be mapped, and the atomic ones are confined to a node. There is no network engine here, no recovery
 //! of a group that lost a rank, and no device memory.
 
+mod cursor;
 mod deadline;
 mod doorbell;
 mod endpoint;
 mod error;
+mod handshake;
 mod heap;
 mod segment;
 mod status;
@@ -57,6 +59,7 @@ pub use transport::{Collective, Transport};
 
 pub use symmetric::{HEAP_ALIGN, HeapLayout, HeapSize, REGION_ALIGN, SymOffset, SymWord};
 
+pub use cursor::RowCursor;
 pub use deadline::Deadline;
 pub use error::{Awaited, Result, Silence, TransportError};
 pub use heap::{Heap, Payload, Signal, Until};

@@ -2,7 +2,7 @@
 
 use std::ptr::NonNull;
 
-use ep_transport::{Heap, HeapLayout, Result, StatusBoard, SymOffset, SymWord};
+use ep_transport::{Heap, HeapLayout, Result, RowCursor, StatusBoard, SymOffset};
 use fused_moe_core::{Layout, MoeConfig, Plan, Rank};
 
 /// A region of rows of equal size.
@@ -36,8 +36,8 @@ pub(crate) struct Buffers {
     pub source: Region,
     /// `[rows, hidden]` in the configuration's type: the experts' output, read by the tokens' owners.
     pub expert_out: Region,
-    /// Next free row, one word per parity of the round.
-    pub cursor: SymWord,
+    /// Next free row.
+    pub cursor: RowCursor,
     /// Who has dispatched how many rows to this rank.
     pub dispatched: StatusBoard,
     /// Whose expert outputs are ready.
@@ -56,7 +56,7 @@ impl Buffers {
         let weights = region(config.top_k * size_of::<f32>());
         let source = region(size_of::<u32>());
         let expert_out = region(config.hidden * config.in_dtype.size_bytes());
-        let cursor = layout.words(2);
+        let cursor = RowCursor::reserve(&mut layout);
         let dispatched = StatusBoard::reserve(&mut layout, config.ep_size());
         let ready = StatusBoard::reserve(&mut layout, config.ep_size());
         Self { layout, payload, scales, ids, weights, source, expert_out, cursor, dispatched, ready }

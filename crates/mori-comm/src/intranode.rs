@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ep_transport::{Heap, Signal, Status, Transport, TransportError};
+use ep_transport::{Heap, Status, Transport, TransportError};
 use fused_moe_core::{
     Arrived, DType, Dispatched, Error, ExecCx, ExpertOut, Fault, MoeConfig, Outstanding, Plan,
     PrepareAndFinalize, PrepareAndFinalizeModular, PrepareCaps, PrepareInput, Rank, ReceivedRows, Result,
@@ -208,8 +208,8 @@ impl IntraNode {
         }
         for (to, (&count, next)) in counts.iter().zip(next.iter_mut()).enumerate() {
             if count > 0 {
-                let cursor = self.buffers.cursor + (round % 2) as usize;
-                *next = self.heap.atomic_fetch_add(Rank(to as u32), cursor, u64::from(count))? as u32;
+                let (to, count) = (Rank(to as u32), u64::from(count));
+                *next = self.buffers.cursor.take(&*self.heap, to, round, count)? as u32;
             }
         }
         Ok(())
@@ -386,11 +386,8 @@ impl PrepareAndFinalizeModular for IntraNode {
         self.settle(cx)?;
         let (sent, mut fault) = self.ledger.open(&self.config, &input)?;
         let round = sent.round();
-        // Rows of the next round are counted from zero again. This rank has seen every dispatch status of the round
-        // before, so nobody adds to that word any more, and nobody adds to it for the next round before this
-        // rank's status of this one.
-        let cursor = Signal { word: self.buffers.cursor + ((round + 1) % 2) as usize, value: 0 };
-        let rearmed = self.heap.signal_set(self.rank(), cursor);
+        // This rank has seen every dispatch status of the round before, and posts its own of this one below.
+        let rearmed = self.buffers.cursor.rearm(&*self.heap, round);
         let activations = Activations::of(input.hidden).scaled(input.input_scale);
         if fault.is_none()
             && let Err(error) = self.dispatch(activations, sent.routing(), round)

@@ -10,6 +10,7 @@ use super::group::Member;
 use crate::deadline::Deadline;
 use crate::doorbell::Cause;
 use crate::error::{Awaited, Result, Silence, TransportError};
+use crate::handshake;
 use crate::heap::{Heap, Payload, Signal, Until};
 use crate::segment::Segment;
 use crate::symmetric::{HeapSize, SymOffset, SymWord};
@@ -46,8 +47,7 @@ impl ThreadHeap {
 
     /// Stores a signal in `word`, which is that of `signal` at `to`, and wakes `to` if it sleeps on it.
     fn set(&self, to: Rank, word: &AtomicU64, signal: Signal) -> Result<()> {
-        drain_streaming_stores();
-        word.store(signal.value, Ordering::Release);
+        handshake::set(word, signal.value);
         self.notify(to, signal.word)
     }
 
@@ -55,16 +55,6 @@ impl ThreadHeap {
         self.member.group.seat(to)?.doorbell.ring(Cause::word(word));
         self.member.traffic.count_signal(self.member.distance(to));
         Ok(())
-    }
-}
-
-/// Orders the non-temporal stores of this thread before its next store. They are exempt from the ordering that
-/// x86 gives to all other stores, and from what a release store means.
-fn drain_streaming_stores() {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: the instruction is part of SSE, which every x86-64 has, and touches no memory.
-    unsafe {
-        std::arch::x86_64::_mm_sfence();
     }
 }
 
@@ -105,14 +95,9 @@ unsafe impl Heap for ThreadHeap {
         let value = self.word(self.member.rank, word)?;
         let group = &self.member.group;
         let setter = group.seat(from)?;
-        let look = || Some(value.load(Ordering::Acquire)).filter(|&value| until.holds(value));
-        let outcome =
-            self.member.seat().doorbell.wait(Cause::word(word), group.spin, deadline, || match look() {
-                Some(value) => Some(Ok(value)),
-                // It may have set the signal and left between the two looks, so look again.
-                None if setter.has_departed() => Some(look().ok_or(Silence::Departed)),
-                None => None,
-            });
+        let look = || handshake::poll(value, until, || setter.has_departed());
+        let doorbell = &self.member.seat().doorbell;
+        let outcome = doorbell.wait(Cause::word(word), group.spin, deadline, look);
         outcome.unwrap_or(Err(Silence::Deadline)).map_err(|silence| {
             let last_seen = value.load(Ordering::Relaxed);
             let awaited = Awaited::Signal { word, until, last_seen };
@@ -121,7 +106,7 @@ unsafe impl Heap for ThreadHeap {
     }
 
     fn signal_read(&self, word: SymWord) -> Result<u64> {
-        Ok(self.word(self.member.rank, word)?.load(Ordering::Acquire))
+        Ok(handshake::read(self.word(self.member.rank, word)?))
     }
 
     fn atomic_fetch_add(&self, to: Rank, word: SymWord, n: u64) -> Result<u64> {
@@ -129,19 +114,18 @@ unsafe impl Heap for ThreadHeap {
         if self.member.distance(to) == Distance::OtherNode {
             return Err(TransportError::OtherNode { rank: to });
         }
-        drain_streaming_stores();
-        let before = counter.fetch_add(n, Ordering::AcqRel);
+        let before = handshake::take(counter, n);
         self.notify(to, word)?;
         Ok(before)
     }
 
     fn fence(&self) {
-        drain_streaming_stores();
+        handshake::drain_streaming_stores();
         fence(Ordering::Release);
     }
 
     fn quiet(&self, _deadline: Deadline) -> Result<()> {
-        drain_streaming_stores();
+        handshake::drain_streaming_stores();
         fence(Ordering::SeqCst);
         Ok(())
     }
