@@ -24,7 +24,7 @@ fn the_number_of_threads_does_not_matter(
     let config = on_one_rank(quant, RAGGED);
     let layer = Layer::random(&mut rng, &config);
     let batch = Batch::random(&mut rng, &config, [200, 201]);
-    for isa in [Isa::Avx512Bf16, Isa::Portable].into_iter().filter(|isa| isa.is_available()) {
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
         let run = |threads| {
             let provider = with_threads(isa, threads);
             bits(&run_with(&provider, &config, (&layer, Rank(0)), &batch, Arrival::Bf16))

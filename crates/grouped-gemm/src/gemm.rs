@@ -185,12 +185,24 @@ impl Executor {
         if found < wanted {
             return Err(GemmError::ScratchTooSmall { found, wanted });
         }
+        let scratch = words(scratch);
         #[cfg(target_arch = "x86_64")]
-        if let (Isa::Avx512Bf16, Some(kernel)) = (self.isa, crate::avx512::Avx512::new()) {
-            self.drive(kernel, gemm, words(scratch), sink);
-            return Ok(());
+        match self.isa {
+            Isa::Avx512Bf16 => {
+                if let Some(kernel) = crate::avx512::Avx512::new() {
+                    self.drive(kernel, gemm, scratch, sink);
+                    return Ok(());
+                }
+            }
+            Isa::Avx2Fma => {
+                if let Some(kernel) = crate::avx2::Avx2::new() {
+                    self.drive(kernel, gemm, scratch, sink);
+                    return Ok(());
+                }
+            }
+            Isa::Portable => {}
         }
-        self.drive(Portable, gemm, words(scratch), sink);
+        self.drive(Portable, gemm, scratch, sink);
         Ok(())
     }
 

@@ -36,11 +36,13 @@
 //! experts for a scheme of the configuration, and quantising activations.
 //!
 //! What it does not do: sort tokens by expert, add up the experts of a token, or read the environment. Operands are
-//! multiplied as bf16, with AVX-512 BF16 or in plain Rust.
+//! multiplied as bf16, with AVX-512 BF16, with AVX2 and FMA, or in plain Rust.
 
 mod activation;
 mod activations;
 mod aligned;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod driver;

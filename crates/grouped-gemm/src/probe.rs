@@ -16,13 +16,27 @@ const MEASURED: Duration = Duration::from_millis(100);
 const READ_BYTES: usize = 512 << 20;
 
 /// The rate of bf16 products on `threads` threads in flop/s (a product and its addition are two), with
-/// the machine's fastest instruction set and operands in registers (AVX-512) or L1 (portable).
+/// the machine's fastest instruction set and operands in registers (AVX-512) or L1 (others).
 pub fn peak_bf16_flops(threads: NonZeroUsize) -> f64 {
     #[cfg(target_arch = "x86_64")]
-    if let (Isa::Avx512Bf16, Some(kernel)) = (Isa::detect(), crate::avx512::Avx512::new()) {
-        return total_rate(threads, |_| move || crate::avx512::spin_products(kernel, 50_000));
+    match Isa::detect() {
+        Isa::Avx512Bf16 => {
+            if let Some(kernel) = crate::avx512::Avx512::new() {
+                return total_rate(threads, |_| move || crate::avx512::spin_products(kernel, 50_000));
+            }
+        }
+        Isa::Avx2Fma => {
+            if let Some(kernel) = crate::avx2::Avx2::new() {
+                return peak_of_tiles(kernel, threads);
+            }
+        }
+        Isa::Portable => {}
     }
-    let _ = Isa::detect();
+    peak_of_tiles(Portable, threads)
+}
+
+/// The rate of whole tiles whose operands lie in L1.
+fn peak_of_tiles(kernel: impl Kernel, threads: NonZeroUsize) -> f64 {
     total_rate(threads, |_| {
         const PAIRS: usize = 64;
         let words = vec![0x3f80_3f80; TILE_ROWS * PAIRS];
@@ -38,7 +52,7 @@ pub fn peak_bf16_flops(threads: NonZeroUsize) -> f64 {
                     sums_pitch: PANEL,
                     scales: None,
                 };
-                Portable.multiply(tile, PanelPairs::Bf16(std::hint::black_box(&panel)));
+                kernel.multiply(tile, PanelPairs::Bf16(std::hint::black_box(&panel)));
             }
             (200 * TILE_ROWS * PANEL * PAIRS * 4) as f64
         }

@@ -36,7 +36,7 @@ fn assert_exact(got: f32, want: f32, what: &str) {
 /// Column `n` is code `n` at one K and zero elsewhere, so every result is one decoded code.
 #[rstest]
 fn weights(
-    #[values(Isa::Avx512Bf16, Isa::Portable)] isa: Isa,
+    #[values(Isa::Avx512Bf16, Isa::Avx2Fma, Isa::Portable)] isa: Isa,
     #[values(Fp8Kind::E4M3Fn, Fp8Kind::E4M3Fnuz)] kind: Fp8Kind,
     #[values(1, 4, 7)] rows: usize,
     #[values(0, 1, 130)] at: usize,
@@ -62,7 +62,7 @@ fn weights(
 /// Row `m` holds all codes, rotated by `m`; the weight is the identity.
 #[rstest]
 fn activations(
-    #[values(Isa::Avx512Bf16, Isa::Portable)] isa: Isa,
+    #[values(Isa::Avx512Bf16, Isa::Avx2Fma, Isa::Portable)] isa: Isa,
     #[values(Fp8Kind::E4M3Fn, Fp8Kind::E4M3Fnuz)] kind: Fp8Kind,
     #[values(1, 7)] rows: usize,
 ) {

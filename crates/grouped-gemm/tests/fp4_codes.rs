@@ -37,7 +37,10 @@ fn value(code: usize) -> f64 {
 
 /// The product with an input that keeps it in the range of f32, exactly; both ends of the exponent included.
 #[rstest]
-fn mxfp4(#[values(Isa::Avx512Bf16, Isa::Portable)] isa: Isa, #[values(16, 17, 33)] rows: usize) {
+fn mxfp4(
+    #[values(Isa::Avx512Bf16, Isa::Avx2Fma, Isa::Portable)] isa: Isa,
+    #[values(16, 17, 33)] rows: usize,
+) {
     let k = 32;
     // Scale 255 is NaN, in its place stands 127.
     let scales: Vec<u8> = (0..SCALES).map(|scale| if scale == 255 { 127 } else { scale as u8 }).collect();
@@ -60,7 +63,7 @@ fn mxfp4(#[values(Isa::Avx512Bf16, Isa::Portable)] isa: Isa, #[values(16, 17, 33
 }
 
 #[rstest]
-fn nvfp4(#[values(Isa::Avx512Bf16, Isa::Portable)] isa: Isa, #[values(16, 33)] rows: usize) {
+fn nvfp4(#[values(Isa::Avx512Bf16, Isa::Avx2Fma, Isa::Portable)] isa: Isa, #[values(16, 33)] rows: usize) {
     let k = 16;
     let scales: Vec<u8> =
         (0..SCALES).map(|code| if code & 0x7f == 0x7f { 0x38 } else { code as u8 }).collect();
@@ -102,7 +105,7 @@ fn the_ends_of_the_exponent_range_are_exact() {
         };
         let want: f64 = (0.5 * 2f64.powi(i32::from(scales[0]) - 127)) * f64::from(inputs[0])
             + 6.0 * 2f64.powi(i32::from(scales[1]) - 127) * f64::from(inputs[1]);
-        for isa in [Isa::Avx512Bf16, Isa::Portable] {
+        for isa in Isa::ALL {
             let Ok(executor) = Executor::new(isa, 1.try_into().unwrap()) else { continue };
             let (mut out, mut scratch) = ([f32::NAN], vec![0xff; executor.scratch_bytes()]);
             executor.run(&gemm, &mut scratch, &F32Rows::new(&mut out, 1, 1).unwrap()).unwrap();

@@ -18,7 +18,7 @@ fn check(isa: Isa, case: Case) {
 
 #[rstest]
 fn bf16(
-    #[values(Isa::Avx512Bf16, Isa::Portable)] isa: Isa,
+    #[values(Isa::Avx512Bf16, Isa::Avx2Fma, Isa::Portable)] isa: Isa,
     #[values((64, 128), (1, 1), (70, 33), (200, 257), (130, 1000))] (n, k): (usize, usize),
     #[values(false, true)] gate_up: bool,
 ) {
@@ -30,7 +30,7 @@ fn bf16(
 
 #[rstest]
 fn fp8_weights(
-    #[values(Isa::Avx512Bf16, Isa::Portable)] isa: Isa,
+    #[values(Isa::Avx512Bf16, Isa::Avx2Fma, Isa::Portable)] isa: Isa,
     #[values(Fp8Kind::E4M3Fn, Fp8Kind::E4M3Fnuz)] kind: Fp8Kind,
     #[values(Scaling::Tensor, Scaling::Vector, Scaling::Block)] scaling: Scaling,
     #[values((64, 128), (33, 7), (130, 385), (65, 1100))] (n, k): (usize, usize),
@@ -42,7 +42,7 @@ fn fp8_weights(
 
 #[rstest]
 fn fp8_activations(
-    #[values(Isa::Avx512Bf16, Isa::Portable)] isa: Isa,
+    #[values(Isa::Avx512Bf16, Isa::Avx2Fma, Isa::Portable)] isa: Isa,
     #[values(Fp8Kind::E4M3Fn, Fp8Kind::E4M3Fnuz)] kind: Fp8Kind,
     #[values(Scaling::Tensor, Scaling::Vector, Scaling::Block)] scaling: Scaling,
     #[values(
@@ -61,7 +61,7 @@ fn fp8_activations(
 /// More rows than a task takes and more K than is packed at once.
 #[rstest]
 fn large(
-    #[values(Isa::Avx512Bf16, Isa::Portable)] isa: Isa,
+    #[values(Isa::Avx512Bf16, Isa::Avx2Fma, Isa::Portable)] isa: Isa,
     #[values(Operand::Bf16, Operand::Fp8(Fp8Kind::E4M3Fn, Scaling::Block))] weight: Operand,
 ) {
     check(
@@ -84,7 +84,7 @@ fn large(
 
 #[rstest]
 fn fp4_weights(
-    #[values(Isa::Avx512Bf16, Isa::Portable)] isa: Isa,
+    #[values(Isa::Avx512Bf16, Isa::Avx2Fma, Isa::Portable)] isa: Isa,
     #[values(Operand::Mxfp4, Operand::Nvfp4)] weight: Operand,
     #[values(Operand::Bf16, Operand::Nvfp4, Operand::Fp8(Fp8Kind::E4M3Fn, Scaling::Block))]
     activation: Operand,
@@ -96,7 +96,7 @@ fn fp4_weights(
 
 #[rstest]
 fn activations_and_biases(
-    #[values(Isa::Avx512Bf16, Isa::Portable)] isa: Isa,
+    #[values(Isa::Avx512Bf16, Isa::Avx2Fma, Isa::Portable)] isa: Isa,
     #[values(
         Activation::Silu,
         Activation::Gelu,
