@@ -42,6 +42,8 @@ pub enum Silence {
     Deadline,
     /// The peer left the group (its endpoint was dropped, or its thread panicked).
     Departed,
+    /// The peer's process has ended without leaving the group.
+    Died,
     /// The peer gave up on an earlier collective, so the group can hold no further ones.
     GaveUp,
 }
@@ -51,6 +53,7 @@ impl std::fmt::Display for Silence {
         f.write_str(match self {
             Silence::Deadline => "did not answer by the deadline",
             Silence::Departed => "left the group",
+            Silence::Died => "died",
             Silence::GaveUp => "gave up on an earlier collective",
         })
     }
@@ -145,6 +148,14 @@ pub enum TransportError {
         /// What the system said.
         kind: std::io::ErrorKind,
     },
+    /// The operating system refused what a group needs to exist.
+    #[error("no {what}: {kind}")]
+    System {
+        /// What was asked for.
+        what: &'static str,
+        /// What the system said.
+        kind: std::io::ErrorKind,
+    },
 }
 
 impl TransportError {
@@ -171,7 +182,9 @@ impl TransportError {
             | TransportError::NoSuchRank { .. }
             | TransportError::OtherNode { .. }
             | TransportError::Overlapping { .. } => ErrorKind::Contract,
-            TransportError::Topology { .. } | TransportError::Spawn { .. } => ErrorKind::Other,
+            TransportError::Topology { .. }
+            | TransportError::Spawn { .. }
+            | TransportError::System { .. } => ErrorKind::Other,
         };
         Error::new(kind, stage, backend).caused_by(self)
     }

@@ -48,6 +48,7 @@ mod error;
 mod handshake;
 mod heap;
 mod segment;
+mod shared;
 mod status;
 mod symmetric;
 mod threads;
@@ -66,4 +67,5 @@ pub use heap::{Heap, Payload, Signal, Until};
 pub use status::{Status, StatusBoard};
 pub use traffic::Traffic;
 
-pub use threads::{ThreadGroup, ThreadOptions, ThreadRank, run_ranks};
+pub use shared::SharedRank;
+pub use threads::{ThreadGroup, ThreadOptions, run_ranks};

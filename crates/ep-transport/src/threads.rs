@@ -1,25 +1,20 @@
 //! Ranks as threads of one process: the embedded default.
-//!
-//! All memory is reachable by loads and stores, so puts are copies made by the caller and are complete when they
-//! return. A node boundary can be simulated: ranks on different "nodes" then get no
-//! [`peer_ptr`](crate::Heap::peer_ptr) and no [`atomic_fetch_add`](crate::Heap::atomic_fetch_add), as between
-//! machines.
 
-mod group;
-mod heap;
-mod rank;
-
+use std::any::Any;
+use std::collections::BTreeMap;
+use std::io;
 use std::num::NonZeroUsize;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use fused_moe_core::Rank;
 
 use crate::endpoint::Endpoint;
 use crate::error::{Result, TransportError};
-use group::Group;
-pub use rank::ThreadRank;
+use crate::segment::Segment;
+use crate::shared::{Group, Offer, SharedRank, Substrate, Topology};
+use crate::symmetric::HeapSize;
 
 /// How to lay out a group of threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,16 +44,78 @@ impl ThreadGroup {
     /// # Errors
     /// [`TransportError::Topology`] if there are no ranks or they do not fill their nodes.
     #[expect(clippy::new_ret_no_self, reason = "a group is its ranks, each owned by another thread")]
-    pub fn new(world_size: usize, options: ThreadOptions) -> Result<Vec<Arc<ThreadRank>>> {
-        let ranks_per_node = options.ranks_per_node.map_or(world_size, NonZeroUsize::get);
-        if world_size == 0 || !world_size.is_multiple_of(ranks_per_node) || u32::try_from(world_size).is_err()
-        {
-            return Err(TransportError::Topology { world_size, ranks_per_node });
+    pub fn new(world_size: usize, options: ThreadOptions) -> Result<Vec<Arc<SharedRank>>> {
+        let topology = Topology::new(world_size, options.ranks_per_node)?;
+        let refused =
+            |error: io::Error| TransportError::System { what: "memory for a group", kind: error.kind() };
+        let process = Arc::new(OneProcess::default());
+        let group = Arc::new(Group::new(process, 0, topology, options.timeout).map_err(refused)?);
+        tracing::debug!(world_size, ranks_per_node = topology.ranks_per_node, "new group of threads");
+        let ranks = (0..world_size).map(|rank| SharedRank::new(Arc::clone(&group), Rank(rank as u32)));
+        ranks.map(|rank| rank.map(Arc::new).map_err(refused)).collect()
+    }
+}
+
+/// What threads of one process share segments by: a table of them.
+#[derive(Debug, Default)]
+struct OneProcess {
+    offers: Arc<Mutex<Offers>>,
+    /// Control segments, by generation.
+    controls: Mutex<BTreeMap<u32, Arc<Segment>>>,
+}
+
+/// Segments on offer.
+#[derive(Debug, Default)]
+struct Offers {
+    by_number: BTreeMap<u64, Arc<Segment>>,
+    next: u64,
+}
+
+/// Withdraws an offer when it is dropped.
+struct OnOffer {
+    offers: Arc<Mutex<Offers>>,
+    number: u64,
+}
+
+impl Drop for OnOffer {
+    fn drop(&mut self) {
+        lock(&self.offers).by_number.remove(&self.number);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Substrate for OneProcess {
+    fn offer(&self, size: HeapSize) -> Option<Offer> {
+        let segment = Arc::new(Segment::allocate(size)?);
+        let mut offers = lock(&self.offers);
+        let number = offers.next;
+        offers.next += 1;
+        offers.by_number.insert(number, Arc::clone(&segment));
+        let _keep = Box::new(OnOffer { offers: Arc::clone(&self.offers), number });
+        Some(Offer { segment, address: number.to_le_bytes().to_vec(), _keep })
+    }
+
+    fn take(&self, address: &[u8], _size: HeapSize) -> io::Result<Arc<Segment>> {
+        let number = address.try_into().map(u64::from_le_bytes).map_err(io::Error::other)?;
+        lock(&self.offers).by_number.get(&number).cloned().ok_or(io::ErrorKind::NotFound.into())
+    }
+
+    fn control(&self, generation: u32, size: HeapSize) -> io::Result<Arc<Segment>> {
+        let mut controls = lock(&self.controls);
+        if let Some(control) = controls.get(&generation) {
+            return Ok(Arc::clone(control));
         }
-        tracing::debug!(world_size, ranks_per_node, "new group of threads");
-        let group = Arc::new(Group::new(world_size, ranks_per_node, options.timeout));
-        let ranks = (0..world_size).map(|rank| Rank(rank as u32));
-        Ok(ranks.map(|rank| Arc::new(ThreadRank::new(Arc::clone(&group), rank))).collect())
+        let control = Arc::new(Segment::allocate(size).ok_or(io::ErrorKind::OutOfMemory)?);
+        controls.insert(generation, Arc::clone(&control));
+        Ok(control)
+    }
+
+    /// A thread does not die without dropping what it owns.
+    fn watch(&self, _group: &Arc<Group>) -> io::Result<Box<dyn Any + Send + Sync>> {
+        Ok(Box::new(()))
     }
 }
 
@@ -80,7 +137,7 @@ where
 {
     let ranks = ThreadGroup::new(world_size, options)?;
     let first_panic = Mutex::new(None);
-    let run = |rank: Arc<ThreadRank>| {
+    let run = |rank: Arc<SharedRank>| {
         // `rank` outlives the body, so the group notices a panic only after its payload is recorded: the panics
         // that it causes among the peers come later.
         let endpoint = Endpoint::new(Arc::clone(&rank) as _);
@@ -108,5 +165,46 @@ where
     match first_panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Some(payload) => resume_unwind(payload),
         None => outcome.map(|values| values.unwrap_or_default()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::heap::Heap;
+    use crate::transport::Transport;
+
+    /// Allocates on both ranks of a group and returns the outcomes and how many segments are still on offer.
+    fn allocate(sizes: [usize; 2]) -> (Vec<Result<Arc<dyn Heap>>>, usize) {
+        let process = Arc::new(OneProcess::default());
+        let topology = Topology::new(2, None).unwrap();
+        let group = Group::new(Arc::clone(&process) as _, 0, topology, Duration::from_secs(30)).unwrap();
+        let group = Arc::new(group);
+        let outcomes = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..2)
+                .map(|index| {
+                    let rank = SharedRank::new(Arc::clone(&group), Rank(index as u32)).unwrap();
+                    let size = HeapSize { bytes: sizes[index], words: 1 };
+                    scope.spawn(move || rank.allocate(size, rank.deadline()))
+                })
+                .collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        let on_offer = lock(&process.offers).by_number.len();
+        (outcomes, on_offer)
+    }
+
+    #[test]
+    fn only_the_handles_keep_the_memory_of_a_heap() {
+        let (outcomes, on_offer) = allocate([100, 100]);
+        assert!(outcomes.iter().all(Result::is_ok));
+        assert_eq!(on_offer, 0);
+    }
+
+    #[test]
+    fn a_refused_heap_keeps_no_memory() {
+        let (outcomes, on_offer) = allocate([100, 101]);
+        assert!(outcomes.iter().all(Result::is_err));
+        assert_eq!(on_offer, 0);
     }
 }

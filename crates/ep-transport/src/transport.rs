@@ -23,6 +23,23 @@ pub enum Collective {
     Allocate,
 }
 
+impl Collective {
+    /// The operation as a word in shared memory; never 0.
+    pub(crate) const fn code(self) -> u64 {
+        match self {
+            Collective::AllGather => 1,
+            Collective::Barrier => 2,
+            Collective::Allocate => 3,
+        }
+    }
+
+    pub(crate) fn from_code(code: u64) -> Option<Self> {
+        [Self::AllGather, Self::Barrier, Self::Allocate]
+            .into_iter()
+            .find(|operation| operation.code() == code)
+    }
+}
+
 impl std::fmt::Display for Collective {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {

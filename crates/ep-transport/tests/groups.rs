@@ -43,6 +43,20 @@ fn all_gather_returns_what_each_rank_gave(#[values(1, 2, 3, 8)] world_size: usiz
 }
 
 #[test]
+fn all_gather_takes_more_than_fits_at_once() {
+    // Longer than a posting on one rank, a whole number of postings on another, nothing on the third.
+    let gifts = [vec![1; 200_001], vec![2; 2 << 16], Vec::new()];
+    run_ranks(3, ThreadOptions::default(), |group| {
+        for shift in 0..3 {
+            let gift = |rank: usize| &gifts[(rank + shift) % 3];
+            let gathered = group.all_gather(gift(group.rank().index())).unwrap();
+            assert!((0..3).all(|rank| gathered[rank] == *gift(rank)), "shift {shift}");
+        }
+    })
+    .unwrap();
+}
+
+#[test]
 fn only_an_endpoint_has_a_transport() {
     assert!(transport_of(&SingleRank).is_none());
     let found = run_ranks(3, ThreadOptions::default(), |group| {

@@ -1,4 +1,4 @@
-//! The heap of a group of threads: every operation is a load, a store or a copy.
+//! The heap of a group that shares memory: every operation is a load, a store or a copy.
 
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -16,15 +16,15 @@ use crate::segment::Segment;
 use crate::symmetric::{HeapSize, SymOffset, SymWord};
 use crate::traffic::Distance;
 
-/// A heap as one rank of a group of threads sees it.
-pub(super) struct ThreadHeap {
+/// A heap as one rank sees it.
+pub(super) struct SharedHeap {
     member: Arc<Member>,
     size: HeapSize,
     /// One per rank, each kept alive by every handle: a peer's late put never hits unmapped memory.
     segments: Box<[Arc<Segment>]>,
 }
 
-impl ThreadHeap {
+impl SharedHeap {
     pub(super) fn new(member: Arc<Member>, size: HeapSize, segments: Box<[Arc<Segment>]>) -> Self {
         debug_assert!(segments.iter().all(|segment| segment.size() == size));
         Self { member, size, segments }
@@ -60,7 +60,7 @@ impl ThreadHeap {
 
 // SAFETY: signals are release stores and acquire loads, with non-temporal stores drained before, and puts are
 // complete when they return; pointers come from segments, which check the range and live as long as the handle.
-unsafe impl Heap for ThreadHeap {
+unsafe impl Heap for SharedHeap {
     fn rank(&self) -> Rank {
         self.member.rank
     }
@@ -95,10 +95,14 @@ unsafe impl Heap for ThreadHeap {
         let value = self.word(self.member.rank, word)?;
         let group = &self.member.group;
         let setter = group.seat(from)?;
-        let look = || handshake::poll(value, until, || setter.has_departed());
+        let look = || handshake::poll(value, until, || setter.shuns_signals().is_some());
         let doorbell = &self.member.seat().doorbell;
         let outcome = doorbell.wait(Cause::word(word), group.spin, deadline, look);
         outcome.unwrap_or(Err(Silence::Deadline)).map_err(|silence| {
+            let silence = match silence {
+                Silence::Departed => setter.shuns_signals().unwrap_or(silence),
+                other => other,
+            };
             let last_seen = value.load(Ordering::Relaxed);
             let awaited = Awaited::Signal { word, until, last_seen };
             TransportError::PeerLost { rank: from, awaited, silence }
