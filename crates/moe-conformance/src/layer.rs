@@ -60,7 +60,7 @@ pub(crate) fn check(registry: &Registry, case: &Case, selection: Selection<'_>, 
     let rounds = [case.inputs(0), case.inputs(1)];
     let weights = case.weights();
     let layers = [weights.clone(), weights.rotated()];
-    let outputs = on_ranks(case.ep_size(), settings.timeout, |group| {
+    let outputs = on_ranks(case, settings, |group| {
         Rank { registry, case, selection, rounds: &rounds, layers: &layers, group: &group }.run(plan)
     })?;
     for (round, (inputs, weights)) in rounds.iter().zip(&layers).enumerate() {
@@ -81,12 +81,10 @@ pub(crate) fn refused_by_build(
     settings: Settings,
 ) -> Check {
     let config = case.config();
-    let built = on_ranks(case.ep_size(), settings.timeout, |group| {
-        match registry.build(&config, selection, &group) {
-            Err(MakeError::NoneFits(pairs)) if pairs.iter().all(|p| !p.reasons.is_empty()) => Ok(()),
-            Err(error) => fail(format!("refused, but building it fails with: {error}")),
-            Ok(_) => fail("refused, but it can be built"),
-        }
+    let built = on_ranks(case, settings, |group| match registry.build(&config, selection, &group) {
+        Err(MakeError::NoneFits(pairs)) if pairs.iter().all(|p| !p.reasons.is_empty()) => Ok(()),
+        Err(error) => fail(format!("refused, but building it fails with: {error}")),
+        Ok(_) => fail("refused, but it can be built"),
     });
     built.map(drop)
 }

@@ -13,7 +13,8 @@
 //!
 //! A case ends as [`Outcome::Pass`], [`Outcome::Refused`] with reasons, or [`Outcome::Fail`]; nothing is skipped.
 //! What is refused must be refused by the factory, too, and at least `floor` cases must pass. The name of a case
-//! says what is checked, under which scheme and over how many ranks, which are threads: `rows_block_ep8`.
+//! says what is checked, under which scheme and over how many ranks: `rows_block_ep8`. Ranks are threads unless
+//! [`Settings::with_launcher`] says otherwise: with [`Spmd`] the suite runs as one rank of a group of processes.
 //!
 //! | comm | checks |
 //! |---|---|
@@ -45,6 +46,7 @@ pub mod oracle;
 
 pub mod bound;
 mod case;
+mod launcher;
 mod metrics;
 mod outcome;
 
@@ -66,6 +68,7 @@ pub mod saboteurs;
 
 pub use bound::{Agreement, Expected, Rounding, TooFar};
 pub use case::{Case, EP_SIZES, LayerWeights, RankInput, RoutingPattern, SCHEMES, TokenCounts};
+pub use launcher::{GroupSpec, Launcher, Spmd, Threads};
 pub use metrics::{calc_diff, relative_l2};
 pub use outcome::{Outcome, Settings};
 pub use seed::Seed;

@@ -4,9 +4,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc;
 use std::time::Duration;
 
-use ep_transport::{Endpoint, ThreadOptions, run_ranks};
+use ep_transport::Endpoint;
 use fused_moe_core::Unsupported;
 
+use crate::case::Case;
+use crate::launcher::{GroupSpec, Launcher, Portable, Threads, decode, encode};
 use crate::seed::Seed;
 
 /// How a case ended. There is no skipping: what is not supported is refused with reasons, and whoever refuses must
@@ -74,12 +76,14 @@ pub struct Settings {
     pub seed: Seed,
     /// Deadline of every wait between ranks.
     pub timeout: Duration,
+    /// What ranks are.
+    pub launcher: &'static dyn Launcher,
 }
 
 impl Default for Settings {
-    /// A fresh seed, and 20 s: no round takes so long, on however busy a machine.
+    /// A fresh seed, threads, and 20 s: no round takes so long, on however busy a machine.
     fn default() -> Self {
-        Self { seed: Seed::fresh(), timeout: Duration::from_secs(20) }
+        Self { seed: Seed::fresh(), timeout: Duration::from_secs(20), launcher: &Threads }
     }
 }
 
@@ -98,21 +102,31 @@ impl Settings {
         self
     }
 
+    /// The settings with other ranks. Where they are processes, all of them need the same seed.
+    #[must_use]
+    pub fn with_launcher(mut self, launcher: &'static dyn Launcher) -> Self {
+        self.launcher = launcher;
+        self
+    }
+
     /// How long a case may take before it counts as hanging.
     fn patience(&self) -> Duration {
         self.timeout * 4 + Duration::from_secs(40)
     }
 }
 
+/// What a panic says.
+pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+    format!("panicked: {}", text.unwrap_or_default())
+}
+
 /// Runs `case` on a thread of its own. A panic and a hang are failures; the thread of a hang is left behind.
 pub(crate) fn supervised(settings: Settings, case: impl FnOnce() -> Check + Send + 'static) -> Outcome {
     let (done, outcome) = mpsc::channel();
     let run = move || {
-        let ended = catch_unwind(AssertUnwindSafe(case)).unwrap_or_else(|panic| {
-            let text = panic.downcast_ref::<String>().cloned();
-            let text = text.or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string));
-            fail(format!("panicked: {}", text.unwrap_or_default()))
-        });
+        let ended = catch_unwind(AssertUnwindSafe(case)).unwrap_or_else(|panic| fail(panic_text(&*panic)));
         // Nobody listens any more if the patience has ended.
         let _ = done.send(ended.err().unwrap_or(Outcome::Pass));
     };
@@ -125,20 +139,21 @@ pub(crate) fn supervised(settings: Settings, case: impl FnOnce() -> Check + Send
         .unwrap_or_else(|_| Outcome::Fail(format!("hangs: no end after {patience:?}")))
 }
 
-/// Runs `body` on `ep_size` ranks that are threads and returns what they return, or the failures of all.
-pub(crate) fn on_ranks<T: Send>(
-    ep_size: usize,
-    timeout: Duration,
+/// Runs `body` on the ranks that `case` needs and returns what they return, or the failures of all.
+pub(crate) fn on_ranks<T: Portable>(
+    case: &Case,
+    settings: Settings,
     body: impl Fn(Endpoint) -> Check<T> + Sync,
 ) -> Check<Vec<T>> {
-    let options = ThreadOptions { timeout, ..ThreadOptions::default() };
-    let results = match run_ranks(ep_size, options, body) {
-        Ok(results) => results,
-        Err(error) => return fail(error),
+    let spec = GroupSpec {
+        ranks: case.ep_size(),
+        ranks_per_node: case.config().ranks_per_node,
+        timeout: settings.timeout,
     };
+    let results = settings.launcher.launch(spec, &|group| encode(body(group)))?;
     let (mut values, mut failures) = (Vec::new(), Vec::new());
-    for (rank, result) in results.into_iter().enumerate() {
-        match result {
+    for (rank, result) in results.iter().enumerate() {
+        match decode(result) {
             Ok(value) => values.push(value),
             Err(Outcome::Fail(why)) => failures.push(format!("rank {rank}: {why}")),
             Err(other) => return Err(other),

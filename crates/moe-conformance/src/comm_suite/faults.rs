@@ -3,7 +3,7 @@
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
-use fused_moe_core::{Error, ErrorKind, Fault, NO_EXPERT, ProcessGroup, Rank};
+use fused_moe_core::{Axis, Error, ErrorKind, Fault, NO_EXPERT, ProcessGroup, Rank, Unsupported};
 use half::bf16;
 
 use super::Target;
@@ -11,7 +11,7 @@ use super::handle::{Handle, Lent};
 use super::rounds::Round;
 use super::toy::Values;
 use crate::case::{Case, RankInput};
-use crate::outcome::{Check, chain, fail, on_ranks};
+use crate::outcome::{Check, Outcome, chain, fail, on_ranks};
 
 /// Deadline of the ranks that wait for a silent one.
 const SILENCE: Duration = Duration::from_millis(300);
@@ -168,7 +168,7 @@ fn mishaps(target: &Target<'_>, case: &Case, of: impl Fn(&RankInput, usize) -> V
     let max_tokens = accepted.config.max_tokens_per_rank;
     let good = [Round::new(&accepted, case, 0), Round::new(&accepted, case, 1)];
     let count = of(&good[0].inputs[0], max_tokens).len();
-    on_ranks(case.ep_size(), target.settings.timeout, |group| {
+    on_ranks(case, target.settings, |group| {
         let rank = group.rank();
         let mut handle = target.build(&accepted, &group)?;
         for number in 0..count.max(case.ep_size()) {
@@ -223,7 +223,7 @@ pub(super) fn two_ranks(target: &Target<'_>, case: &Case) -> Check {
     let round_inputs = Round::new(&accepted, case, 0);
     let low = Fault::OverlapFailed;
     let high = Fault::NonFiniteLogit { token: 5, expert: 7 };
-    on_ranks(case.ep_size(), target.settings.timeout, |group| {
+    on_ranks(case, target.settings, |group| {
         let rank = group.rank();
         let mut handle = target.build(&accepted, &group)?;
         let mine = match rank.index() {
@@ -247,7 +247,7 @@ pub(super) fn two_ranks(target: &Target<'_>, case: &Case) -> Check {
 pub(super) fn foreign_ticket(target: &Target<'_>, case: &Case) -> Check {
     let accepted = target.accepts(case)?;
     let good = Round::new(&accepted, case, 0);
-    on_ranks(case.ep_size(), target.settings.timeout, |group| {
+    on_ranks(case, target.settings, |group| {
         let rank = group.rank();
         let (mut a, mut b) = (target.build(&accepted, &group)?, target.build(&accepted, &group)?);
         let input = &good.inputs[rank.index()];
@@ -280,12 +280,16 @@ pub(super) fn foreign_ticket(target: &Target<'_>, case: &Case) -> Check {
 
 /// A rank that builds its end and then falls silent: the others lose it by the deadline, and say so again.
 pub(super) fn lost_peer(target: &Target<'_>, case: &Case) -> Check {
+    if !target.settings.launcher.is_one_process() {
+        let (wanted, offered) = ("ranks that meet outside their group", "ranks in other processes");
+        return Err(Outcome::Refused(vec![Unsupported::new(Axis::Parallel, wanted, offered)]));
+    }
     let accepted = target.accepts(case)?;
     let good = Round::new(&accepted, case, 0);
     let silent = Rank(case.ep_size() as u32 - 1);
     // The silent rank stays in its group until the others have given it up: it must not be found to be gone.
     let given_up = Barrier::new(case.ep_size());
-    on_ranks(case.ep_size(), SILENCE, |group| {
+    on_ranks(case, target.settings.with_timeout(SILENCE), |group| {
         let rank = group.rank();
         let handle = target.build(&accepted, &group);
         let ended = handle.and_then(|mut handle| {

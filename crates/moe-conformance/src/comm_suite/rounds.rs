@@ -86,7 +86,7 @@ const ROUNDS: [(usize, Values, bool); 5] = [
 pub(super) fn rows(target: &Target<'_>, case: &Case) -> Check {
     let accepted = target.accepts(case)?;
     let rounds = [Round::new(&accepted, case, 0), Round::new(&accepted, case, 1)];
-    on_ranks(case.ep_size(), target.settings.timeout, |group| {
+    on_ranks(case, target.settings, |group| {
         let rank = group.rank();
         let mut handle = target.build(&accepted, &group)?;
         let mut outputs = Vec::new();
@@ -117,7 +117,7 @@ pub(super) fn rows(target: &Target<'_>, case: &Case) -> Check {
 pub(super) fn two_handles(target: &Target<'_>, case: &Case) -> Check {
     let accepted = target.accepts(case)?;
     let rounds = [Round::new(&accepted, case, 0), Round::new(&accepted, case, 1)];
-    on_ranks(case.ep_size(), target.settings.timeout, |group| {
+    on_ranks(case, target.settings, |group| {
         let rank = group.rank();
         let mut handles = [target.build(&accepted, &group)?, target.build(&accepted, &group)?];
         for swap in [false, true] {
@@ -157,7 +157,7 @@ pub(super) fn bytes(target: &Target<'_>, case: &Case) -> Check {
     let accepted = target.accepts(case)?;
     let announced = target.provider.required_bytes(&accepted.config, &accepted.plan);
     let round = Round::new(&accepted, case, 0);
-    on_ranks(case.ep_size(), target.settings.timeout, |group| {
+    on_ranks(case, target.settings, |group| {
         let mut handle = target.build(&accepted, &group)?;
         for layer in 0..58 {
             if handle.allocated_bytes() != announced {
@@ -180,7 +180,7 @@ pub(super) fn traffic(target: &Target<'_>, case: &Case) -> Check {
     let case = Case { routing: RoutingPattern::RemoteOnly, ..case.clone() };
     let accepted = target.accepts(&case)?;
     let round = Round::new(&accepted, &case, 0);
-    let moved = on_ranks(case.ep_size(), target.settings.timeout, |group| {
+    let moved = on_ranks(&case, target.settings, |group| {
         let mut handle = target.build(&accepted, &group)?;
         let before = traffic_of(&group);
         handle.round(&case, &round.inputs[group.rank().index()], (Values::Exact, false))?;
