@@ -98,6 +98,12 @@ pub(crate) trait Futex {
 }
 
 impl<R: Futex, S: Word> DoorbellOf<R, S> {
+    /// A bell of the words `rings` and `sleepers`, both zero.
+    #[cfg(test)]
+    pub(crate) fn new(rings: R, sleepers: S) -> Self {
+        Self { rings, sleepers }
+    }
+
     /// Wakes the sleepers if they may be waiting for `cause`. Called after the store that they wait for.
     ///
     /// The cause matters where ranks share cores: a rank that waits for eight signals in turn is otherwise woken
@@ -105,7 +111,7 @@ impl<R: Futex, S: Word> DoorbellOf<R, S> {
     pub(crate) fn ring(&self, cause: Cause) {
         // This fence and the one in `wait` make sure that either the ringer sees the sleeper or the sleeper sees
         // the ringer's store; without them both could miss each other.
-        S::fence(Ordering::SeqCst);
+        self.sleepers.fence(Ordering::SeqCst);
         if Sleepers::unpack(self.sleepers.load(Ordering::Relaxed)).heed(cause) {
             self.rings.increment();
             self.rings.wake_all();
@@ -147,7 +153,7 @@ impl<R: Futex, S: Word> DoorbellOf<R, S> {
         mut ready: impl FnMut() -> Option<T>,
     ) -> Option<T> {
         self.update_sleepers(|sleepers| sleepers.joined(cause));
-        S::fence(Ordering::SeqCst);
+        self.sleepers.fence(Ordering::SeqCst);
         let outcome = loop {
             let heard = self.rings.load();
             if let Some(value) = ready() {

@@ -4,13 +4,16 @@
 //! of memory that several ranks write to are [`take`]n first. Words are never added to and zeroed to signal
 //! anything: a signal is an epoch, so a late look at an old one is only a look too early.
 //!
-//! This is generic over its words, and a heap does nothing to a word but through here, so a model checker can run the
-//! same code on words of its own.
+//! This is generic over its words, and a heap does nothing to a word but through here, so `model` can run the same code on
+//! words that a model checker reorders.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::Silence;
 use crate::heap::Until;
+
+#[cfg(test)]
+mod model;
 
 /// A 64-bit word that several ranks access.
 pub(crate) trait Word {
@@ -23,7 +26,7 @@ pub(crate) trait Word {
     /// As [`AtomicU64::compare_exchange_weak`], giving no order.
     fn replace(&self, current: u64, new: u64) -> Result<u64, u64>;
     /// As [`std::sync::atomic::fence`].
-    fn fence(order: Ordering);
+    fn fence(&self, order: Ordering);
 }
 
 impl Word for AtomicU64 {
@@ -43,7 +46,7 @@ impl Word for AtomicU64 {
         self.compare_exchange_weak(current, new, Ordering::Relaxed, Ordering::Relaxed)
     }
 
-    fn fence(order: Ordering) {
+    fn fence(&self, order: Ordering) {
         std::sync::atomic::fence(order);
     }
 }
