@@ -1,38 +1,16 @@
 //! The four phases allocate nothing.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::num::NonZeroUsize;
 
 use batched_comm::Batched;
+use counting_alloc::allocations;
 use ep_transport::{ThreadOptions, run_ranks};
 use fused_moe_core::*;
 use half::bf16;
 use rstest::rstest;
 
-struct Counting;
-
-thread_local! {
-    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
-}
-
-// SAFETY: every call goes to the system's allocator unchanged; the counter is a plain thread-local without a
-// destructor, so counting neither allocates nor fails.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.with(|count| count.set(count.get() + 1));
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.dealloc(memory, layout) }
-    }
-}
-
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
+static ALLOCATOR: counting_alloc::Counting = counting_alloc::Counting;
 
 const HIDDEN: usize = 256;
 const TOKENS: usize = 4;
@@ -70,9 +48,7 @@ fn a_round_allocates_nothing(#[values(1, 3)] ranks: usize, #[values(false, true)
         let (hidden, mut sums) = ([bf16::ONE; TOKENS * HIDDEN], [f32::NAN; TOKENS * HIDDEN]);
         let dims = [config.placement.num_local_experts(group.rank()), plan.max_rows(), HIDDEN];
         let outputs = vec![bf16::ONE; dims.iter().product()];
-        let before = ALLOCATIONS.get();
-        assert!(before > 0, "the counter does not count");
-        for _ in 0..3 {
+        let mut round = || {
             let hidden = TensorView::from_slice(&hidden, DType::Bf16, &[TOKENS, HIDDEN]).unwrap();
             let topk = TopK {
                 ids: TensorView::from_slice([[0, 3]; TOKENS].as_flattened(), DType::I32, &[TOKENS, 2])
@@ -87,8 +63,8 @@ fn a_round_allocates_nothing(#[values(1, 3)] ranks: usize, #[values(false, true)
             let sent = comm.finalize_send(&mut cx, routed, outputs).unwrap();
             let out = TensorViewMut::from_slice(&mut sums, DType::F32, &[TOKENS, HIDDEN]).unwrap();
             comm.finalize_recv(&mut cx, sent, out).unwrap();
-        }
-        let allocated = ALLOCATIONS.get() - before;
+        };
+        let allocated = allocations(|| (0..3).for_each(|_| round()));
         assert!(sums.iter().all(|&sum| sum == 0.5), "{sums:?}");
         allocated
     });

@@ -1,8 +1,6 @@
 //! `route` allocates nothing, whatever the method, for 1024 experts; neither does what EPLB adds to a call.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
-
+use counting_alloc::allocations;
 use fused_moe_core::{
     Arena, DType, ExecCx, ExpertGroups, Router, RoutingConfig, RoutingMethod, Stream, TensorView,
     TensorViewMut, TopKMut,
@@ -10,28 +8,8 @@ use fused_moe_core::{
 use router::HostRouter;
 use router::eplb::{LoadRecorder, LoadShape, ReplicaTable};
 
-thread_local! {
-    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
-}
-
-struct Counting;
-
-// SAFETY: every call is forwarded to the system's allocator as it is; counting does not allocate.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.with(|n| n.set(n.get() + 1));
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.dealloc(ptr, layout) }
-    }
-}
-
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
+static ALLOCATOR: counting_alloc::Counting = counting_alloc::Counting;
 
 #[test]
 fn route_allocates_nothing() {
@@ -73,9 +51,8 @@ fn route_allocates_nothing() {
         let workspace = Arena::new(TensorViewMut::from_slice(&mut nothing, DType::U8, &[0]).unwrap());
         let mut cx = ExecCx { stream: Stream::Host, workspace };
         let view = TensorView::from_slice(&logits, DType::F32, &[TOKENS, EXPERTS]).unwrap();
-        let before = ALLOCATIONS.with(Cell::get);
-        router.route(&mut cx, view, out).unwrap();
-        assert_eq!(ALLOCATIONS.with(Cell::get), before, "{method}");
+        let allocated = allocations(|| router.route(&mut cx, view, out).unwrap());
+        assert_eq!(allocated, 0, "{method}");
     }
 }
 
@@ -85,11 +62,12 @@ fn replicas_are_chosen_and_counted_without_allocating() {
     let mut recorder = LoadRecorder::new(LoadShape { layers: 2, physical: 72, window: 3 }).unwrap();
     let logical: Vec<i32> = (0..400).map(|i| i * 17 % 61 - 1).collect();
     let mut physical = vec![0; logical.len()];
-    let before = ALLOCATIONS.with(Cell::get);
-    for _ in 0..5 {
-        table.map(8, &logical, &mut physical).unwrap();
-        recorder.record(1, &physical).unwrap();
-        recorder.end_step();
-    }
-    assert_eq!(ALLOCATIONS.with(Cell::get), before);
+    let allocated = allocations(|| {
+        for _ in 0..5 {
+            table.map(8, &logical, &mut physical).unwrap();
+            recorder.record(1, &physical).unwrap();
+            recorder.end_step();
+        }
+    });
+    assert_eq!(allocated, 0);
 }

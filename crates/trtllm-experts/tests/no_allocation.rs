@@ -2,38 +2,16 @@
 
 mod common;
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
-
 use common::*;
+use counting_alloc::allocations;
 use fused_moe_core::*;
 use grouped_gemm::{Executor, Isa};
 use half::bf16;
 use moe_conformance::Case;
 use trtllm_experts::{TrtllmExperts, TrtllmRoutedExperts};
 
-thread_local! {
-    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
-}
-
-struct Counting;
-
-// SAFETY: every call is forwarded to the system's allocator as it is; counting does not allocate.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.with(|n| n.set(n.get() + 1));
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.dealloc(ptr, layout) }
-    }
-}
-
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
+static ALLOCATOR: counting_alloc::Counting = counting_alloc::Counting;
 
 /// On one thread: between several, rayon boxes a job per thread.
 #[test]
@@ -55,14 +33,13 @@ fn apply_allocates_nothing() {
                 let mut cx = ExecCx { stream: Stream::Host, workspace: workspace.arena() };
                 let out = TensorViewMut::from_slice(&mut out, DType::Bf16, &rows).unwrap();
                 built.apply_in(&batch, &mut cx, out).unwrap();
-                ALLOCATIONS.with(Cell::get)
             };
             // The first call fills rayon's queues.
-            let (before, after) = pool.install(|| {
+            let allocated = pool.install(|| {
                 apply();
-                (ALLOCATIONS.with(Cell::get), apply())
+                allocations(apply)
             });
-            assert_eq!(before, after, "{} {quant}", provider.name());
+            assert_eq!(allocated, 0, "{} {quant}", provider.name());
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
+use counting_alloc::allocations;
 use fused_moe_core::{
     Arena, Call, Contiguous, DType, DeviceKind, Error, ErrorKind, ExecCx, ExpertWeights, ExpertsCaps, Fault,
     KernelKind, Layout, ModularKernel, Overlap, PrepareAndFinalizeModular, PrepareCaps, PrepareInput, Rank,
@@ -12,7 +13,6 @@ use fused_moe_core::{
 use half::bf16;
 use rstest::rstest;
 
-use crate::allocation::allocations;
 use crate::layer::{EXPERTS, HIDDEN, MAX_TOKENS, Tokens, config, fresh};
 use crate::toys::{Script, ToyComm, ToyExperts, WORKSPACE};
 
