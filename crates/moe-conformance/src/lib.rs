@@ -41,6 +41,7 @@
 #![forbid(unsafe_code)]
 
 mod seed;
+mod stored;
 
 pub mod oracle;
 

@@ -8,6 +8,7 @@ use half::bf16;
 use quant::decode_table;
 
 use crate::oracle::fp4;
+use crate::stored::{Scale, Values};
 
 /// How the weights are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,35 +89,6 @@ pub(super) struct Matrix {
     scale: Scale,
 }
 
-enum Values {
-    Bf16(Vec<bf16>),
-    Codes(Vec<u8>, Fp8Format),
-    /// Pairs of codes.
-    Fp4(Vec<u8>),
-}
-
-enum Scale {
-    None,
-    Tensor(f32),
-    Channel(Vec<f32>),
-    Block(Vec<f32>),
-    Mx(Vec<u8>),
-    Nv(Vec<u8>, f32),
-}
-
-impl Scale {
-    fn narrow(self) -> Self {
-        let narrow = |scale: f32| bf16::from_f32(scale).to_f32();
-        let all = |scales: Vec<f32>| scales.into_iter().map(narrow).collect();
-        match self {
-            Scale::Tensor(scale) => Scale::Tensor(narrow(scale)),
-            Scale::Channel(scales) => Scale::Channel(all(scales)),
-            Scale::Block(scales) => Scale::Block(all(scales)),
-            other => other,
-        }
-    }
-}
-
 /// What a matrix must be.
 #[derive(Clone, Copy)]
 struct Wanted {
@@ -144,7 +116,7 @@ impl Matrix {
         let values = match quant.fp8() {
             None if is_fp4 => Values::Fp4(collect::<u8>(matrix.values, rows)?),
             None => Values::Bf16(collect::<bf16>(matrix.values, rows)?),
-            Some(format) => Values::Codes(collect::<u8>(matrix.values, rows)?, format),
+            Some(format) => Values::Fp8(collect::<u8>(matrix.values, rows)?, format),
         };
         let floats = |view: TensorView<'_>, count: usize| {
             let scales = view.as_slice::<f32>().map_err(|e| e.to_string())?;
@@ -204,18 +176,7 @@ impl Matrix {
     }
 
     fn bytes(&self) -> usize {
-        let values = match &self.values {
-            Values::Bf16(values) => size_of_val(values.as_slice()),
-            Values::Codes(codes, _) | Values::Fp4(codes) => codes.len(),
-        };
-        let scales = match &self.scale {
-            Scale::None => 0,
-            Scale::Tensor(_) => size_of::<f32>(),
-            Scale::Channel(scales) | Scale::Block(scales) => size_of_val(scales.as_slice()),
-            Scale::Mx(scales) => scales.len(),
-            Scale::Nv(scales, _) => scales.len() + size_of::<f32>(),
-        };
-        values + scales
+        self.values.bytes() + self.scale.bytes()
     }
 
     /// The bias of row `row`.
@@ -231,7 +192,7 @@ impl Matrix {
             Values::Bf16(values) => {
                 out.iter_mut().zip(&values[range]).for_each(|(out, x)| *out = x.to_f32());
             }
-            Values::Codes(codes, format) => {
+            Values::Fp8(codes, format) => {
                 let table = decode_table(*format);
                 out.iter_mut().zip(&codes[range]).for_each(|(out, &code)| *out = table[usize::from(code)]);
             }

@@ -5,6 +5,7 @@ use half::bf16;
 
 use crate::oracle::{Codec, fp4};
 use crate::seed::{Seed, normal};
+use crate::stored::{Scale, Values};
 
 /// What a matrix is drawn for.
 #[derive(Clone, Copy, Debug)]
@@ -27,24 +28,6 @@ pub(super) struct StoredMatrix {
     scale: Scale,
     bias: Option<Vec<bf16>>,
     input_scale: Option<f32>,
-}
-
-#[derive(Clone, Debug)]
-enum Values {
-    Bf16(Vec<bf16>),
-    Fp8(Vec<u8>, Fp8Format),
-    /// Pairs of codes.
-    Fp4(Vec<u8>),
-}
-
-#[derive(Clone, Debug)]
-enum Scale {
-    None,
-    Tensor(f32),
-    Channel(Vec<f32>),
-    Block(Vec<f32>),
-    Mx(Vec<u8>),
-    Nv(Vec<u8>, f32),
 }
 
 impl StoredMatrix {
@@ -140,18 +123,7 @@ impl StoredMatrix {
     }
 
     pub(super) fn bytes(&self) -> usize {
-        let values = match &self.values {
-            Values::Bf16(values) => size_of_val(values.as_slice()),
-            Values::Fp8(codes, _) | Values::Fp4(codes) => codes.len(),
-        };
-        let scales = match &self.scale {
-            Scale::None => 0,
-            Scale::Tensor(_) => size_of::<f32>(),
-            Scale::Channel(scales) | Scale::Block(scales) => size_of_val(scales.as_slice()),
-            Scale::Mx(scales) => scales.len(),
-            Scale::Nv(scales, _) => scales.len() + size_of::<f32>(),
-        };
-        values + scales
+        self.values.bytes() + self.scale.bytes()
     }
 }
 
