@@ -5,6 +5,7 @@ use std::num::NonZeroUsize;
 use aiter_experts::{AiterError, MAX_BLOCK_M, MAX_TOP_K, MoeSorting, SortMemory, SortPolicy, SortedTokenId};
 use arbitrary::{Result, Unstructured};
 use fused_moe_core::{DType, ExpertMask, ExpertPlacement, NO_EXPERT, Rank, TensorView, TopK};
+use grouped_gemm::experts::ExpertsError;
 
 /// Entries of a sort that are worth the memory; larger sorts are only asked for their sizes.
 const MAX_ENTRIES: usize = 1 << 16;
@@ -139,9 +140,9 @@ impl Case {
 
     fn check_refusal(&self, error: &AiterError) {
         let rightly = match *error {
-            AiterError::ExpertId { row, .. } | AiterError::DuplicateExpertId { row, .. } => {
-                self.first_bad_row() == Some(row)
-            }
+            AiterError::Experts(
+                ExpertsError::ExpertId { row, .. } | ExpertsError::DuplicateExpertId { row, .. },
+            ) => self.first_bad_row() == Some(row),
             AiterError::SortBuffer { wanted, found, .. } => self.short && found < wanted,
             _ => false,
         };

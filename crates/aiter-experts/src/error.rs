@@ -1,7 +1,6 @@
 //! What can be wrong with a call or with the weights: the source of every error of this backend.
 
 use fused_moe_core::{Error, Stage, ViewError};
-use grouped_gemm::GemmError;
 use grouped_gemm::experts::ExpertsError;
 
 use crate::NAME;
@@ -12,14 +11,6 @@ use crate::NAME;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum AiterError {
-    /// More rows than the kernel was built for, or than token ids can number.
-    #[error("{rows} rows were received, at most {max} are possible")]
-    TooManyRows {
-        /// Rows received.
-        rows: usize,
-        /// The most there can be.
-        max: usize,
-    },
     /// More experts per token than a sorted token id can number.
     #[error("top-k {top_k} does not fit the 8 bits of a slot (at most {})", crate::MAX_TOP_K)]
     TopK {
@@ -31,26 +22,6 @@ pub enum AiterError {
     BlockSize {
         /// Entries of a block.
         block_m: usize,
-    },
-    /// An id that names no expert and is not the padding id -1.
-    #[error("expert id {id} of row {row} slot {slot} is neither -1 nor below {num_experts}")]
-    ExpertId {
-        /// The row.
-        row: usize,
-        /// The slot in the row.
-        slot: usize,
-        /// The id.
-        id: i32,
-        /// Experts over all ranks.
-        num_experts: usize,
-    },
-    /// One expert twice in one row.
-    #[error("row {row} names expert {id} twice")]
-    DuplicateExpertId {
-        /// The row.
-        row: usize,
-        /// The id.
-        id: i32,
     },
     /// A sorting buffer that is too short.
     #[error("the {buffer} of the sort need room for {wanted} entries, found {found}")]
@@ -68,9 +39,6 @@ pub enum AiterError {
     /// A lent tensor cannot be read or written, or the workspace is too small.
     #[error(transparent)]
     View(#[from] ViewError),
-    /// Rows cannot be multiplied.
-    #[error(transparent)]
-    Gemm(#[from] GemmError),
 }
 
 impl From<AiterError> for Error {

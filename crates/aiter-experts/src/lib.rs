@@ -82,7 +82,6 @@ mod scheme;
 
 mod kernel;
 mod moe_sorting;
-mod reduce;
 mod workspace;
 
 mod provider;

@@ -8,8 +8,8 @@ mod single_pass;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
-use fused_moe_core::{ExpertMap, ExpertMask, LocalExpertId, NO_EXPERT, TensorView, TopK};
-use grouped_gemm::experts::ExpertsError;
+use fused_moe_core::{ExpertMap, ExpertMask, LocalExpertId, TensorView, TopK};
+use grouped_gemm::experts::{ExpertsError, visit_local};
 
 use crate::AiterError;
 
@@ -181,10 +181,10 @@ impl MoeSorting {
     /// that hold -1 or an expert of another rank are skipped.
     ///
     /// # Errors
-    /// That of the first token that has one, whatever the policy: [`AiterError::ExpertId`] and
-    /// [`AiterError::DuplicateExpertId`] (of a local expert; AITER drops one of the two silently). And
-    /// [`AiterError::SortBuffer`],
-    /// [`AiterError::TooManyRows`], [`AiterError::Experts`] and [`AiterError::View`] for a misfit tensor.
+    /// That of the first token that has one, whatever the policy: [`ExpertsError::ExpertId`] and
+    /// [`ExpertsError::DuplicateExpertId`] (of a local expert; AITER drops one of the two silently). And
+    /// [`AiterError::SortBuffer`], [`ExpertsError::TooManyRows`], [`ExpertsError::Tensor`] and [`AiterError::View`] for
+    /// a misfit tensor.
     pub fn sort<'a>(
         &self,
         topk: TopK<'_>,
@@ -193,7 +193,7 @@ impl MoeSorting {
     ) -> Result<SortedTokens<'a>, AiterError> {
         let max = self.max_tokens();
         if num_tokens > max {
-            return Err(AiterError::TooManyRows { rows: num_tokens, max });
+            return Err(ExpertsError::TooManyRows { rows: num_tokens, max }.into());
         }
         for (tensor, view) in [("top-k ids", topk.ids), ("top-k weights", topk.weights)] {
             if !matches!(view.dims(), &[rows, columns] if rows >= num_tokens && columns == self.top_k) {
@@ -258,20 +258,10 @@ impl Pairs<'_> {
     }
 
     /// Calls `pair(slot, expert)` for the slots of `token` that have a local expert, and checks its ids.
-    fn check(&self, token: usize, mut pair: impl FnMut(usize, LocalExpertId)) -> Result<(), AiterError> {
+    fn check(&self, token: usize, pair: impl FnMut(usize, LocalExpertId)) -> Result<(), AiterError> {
         let num_experts = self.map.as_slice().len();
         let ids = self.ids.row::<i32>(token)?;
-        for (slot, &id) in ids.iter().enumerate() {
-            if id != NO_EXPERT && usize::try_from(id).map_or(true, |id| id >= num_experts) {
-                return Err(AiterError::ExpertId { row: token, slot, id, num_experts });
-            }
-            let Some(expert) = self.map.local(id) else { continue };
-            if ids[..slot].contains(&id) {
-                return Err(AiterError::DuplicateExpertId { row: token, id });
-            }
-            pair(slot, expert);
-        }
-        Ok(())
+        Ok(visit_local((token, ids), num_experts, |id| self.map.local(id), pair)?)
     }
 
     /// Calls `pair(slot, expert, weight)` for the slots of `token` that have a local expert, once its ids have been

@@ -1,24 +1,17 @@
 //! How a call divides its workspace: fixed places, sized for the worst batch of the configuration.
 
 use fused_moe_core::{Arena, ViewError};
-use grouped_gemm::experts::{CodeSizes, Codes, GroupSlots, Word, words};
-use half::bf16;
+use grouped_gemm::experts::{GemmPieces, GemmSizes, Word, words};
 
 use crate::moe_sorting::{SortBuffers, SortSizes, SortedTokenId};
 
 /// Sizes that a workspace depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Sizes {
-    pub(crate) sort: SortSizes,
     /// Rows of the received tensor.
     pub(crate) rows: usize,
-    pub(crate) hidden: usize,
-    pub(crate) intermediate: usize,
-    /// Codes and scales of received rows, zero where they are not needed.
-    pub(crate) input: CodeSizes,
-    /// Codes and scales of the activation's output.
-    pub(crate) activated: CodeSizes,
-    pub(crate) gemm_scratch: usize,
+    pub(crate) sort: SortSizes,
+    pub(crate) gemms: GemmSizes,
 }
 
 /// The temporaries of one call.
@@ -26,37 +19,25 @@ pub(crate) struct Pieces<'a> {
     pub(crate) sort: SortBuffers<'a>,
     /// Row of each sorted entry.
     pub(crate) gather: &'a mut [u32],
-    pub(crate) groups: GroupSlots<'a>,
-    pub(crate) input: Codes<'a>,
-    /// `[entries, intermediate]`, the activation's output.
-    pub(crate) activated: &'a mut [bf16],
-    pub(crate) activated_codes: Codes<'a>,
-    /// `[entries, hidden]`, weighted outputs before the reduction.
-    pub(crate) products: &'a mut [f32],
-    pub(crate) gemm_scratch: &'a mut [u8],
+    pub(crate) gemms: GemmPieces<'a>,
 }
 
 impl Sizes {
     /// Bytes that [`Sizes::carve`] takes.
     pub(crate) fn bytes(&self) -> usize {
-        let Sizes { sort, input, activated, .. } = self;
+        let Sizes { sort, gemms, .. } = self;
         Arena::bytes_for::<SortedTokenId>(sort.entries)
             + Arena::bytes_for::<f32>(sort.entries)
             + Arena::bytes_for::<i32>(sort.blocks)
             + Arena::bytes_for::<i32>(sort.slots)
             + Arena::bytes_for::<i32>(sort.cursors)
             + Arena::bytes_for::<u32>(sort.entries)
-            + Arena::bytes_for::<u8>(GroupSlots::bytes(sort.experts))
-            + input.bytes()
-            + Arena::bytes_for::<bf16>(sort.entries * self.intermediate)
-            + activated.bytes()
-            + Arena::bytes_for::<f32>(sort.entries * self.hidden)
-            + Arena::bytes_for::<u8>(self.gemm_scratch)
+            + gemms.bytes()
     }
 
     /// Divides a workspace. The addresses are the same in every call.
     pub(crate) fn carve<'a>(&self, arena: &mut Arena<'a>) -> Result<Pieces<'a>, ViewError> {
-        let Sizes { sort, input, activated, .. } = self;
+        let Sizes { sort, gemms, .. } = self;
         Ok(Pieces {
             sort: SortBuffers {
                 token_ids: words(arena.take(sort.entries)?),
@@ -66,12 +47,7 @@ impl Sizes {
                 cursors: arena.take(sort.cursors)?,
             },
             gather: words(arena.take(sort.entries)?),
-            groups: GroupSlots::new(arena.take(GroupSlots::bytes(sort.experts))?),
-            input: input.take(arena)?,
-            activated: arena.take(sort.entries * self.intermediate)?,
-            activated_codes: activated.take(arena)?,
-            products: arena.take(sort.entries * self.hidden)?,
-            gemm_scratch: arena.take(self.gemm_scratch)?,
+            gemms: gemms.take(arena)?,
         })
     }
 }
@@ -82,7 +58,7 @@ unsafe impl Word for SortedTokenId {}
 #[cfg(test)]
 mod tests {
     use fused_moe_core::{DeviceKind, Fp8Format, Workspace};
-    use grouped_gemm::experts::{Fp8Scheme, Scaling, Scheme};
+    use grouped_gemm::experts::{CodeSizes, Fp8Scheme, Scaling, Scheme};
     use grouped_gemm::{Fp8Kind, Group};
     use rstest::rstest;
 
@@ -97,21 +73,22 @@ mod tests {
         let sort = SortSizes { entries: 3 * rows, blocks: 3 * rows, slots: 4 * rows, experts: 3, cursors: 6 };
         let fp8 = Fp8Scheme { format: Fp8Format::E4M3Fn, kind: Fp8Kind::E4M3Fn, scaling: Scaling::Block };
         let scheme = if quantised { Scheme::Fp8(fp8) } else { Scheme::Bf16 };
-        let sizes = Sizes {
-            sort,
-            rows,
-            hidden,
+        let gemms = GemmSizes {
+            experts: sort.experts,
+            entries: sort.entries,
             intermediate: 200,
+            products: hidden,
             input: CodeSizes::of(scheme, [rows, hidden]),
             activated: CodeSizes::of(scheme, [sort.entries, 200]),
-            gemm_scratch: 1000,
+            scratch: 1000,
         };
+        let sizes = Sizes { rows, sort, gemms };
         let mut workspace = Workspace::new(DeviceKind::Host, sizes.bytes()).unwrap();
         let mut arena = workspace.arena();
         let pieces = sizes.carve(&mut arena).unwrap();
         assert_eq!(arena.remaining(), 0);
         let groups: Vec<_> = (0..3).map(|expert| Group { rows: expert..2 * expert, expert }).collect();
-        assert_eq!(pieces.groups.fill(groups.iter().cloned()), groups);
+        assert_eq!(pieces.gemms.groups.fill(groups.iter().cloned()), groups);
         let mut short = Workspace::new(DeviceKind::Host, sizes.bytes() - 1000).unwrap();
         assert!(sizes.carve(&mut short.arena()).is_err());
     }

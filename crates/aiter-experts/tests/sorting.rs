@@ -10,6 +10,7 @@ use aiter_experts::{
 };
 use common::fresh_rng;
 use fused_moe_core::{DType, ExpertMask, ExpertPlacement, Rank, TensorView, TopK};
+use grouped_gemm::experts::ExpertsError;
 use rand::Rng;
 use rand::seq::index::sample;
 use rstest::rstest;
@@ -189,7 +190,10 @@ fn ids_that_name_nothing_are_refused() {
     assert_eq!(sort([0, 1, 2, 2], 2).unwrap_err().to_string(), "row 1 names expert 2 twice");
     let long = sort([0, 2, -1, -1], 3).unwrap_err();
     assert_eq!(long.to_string(), "top-k ids is [2, 2] of i32, needs [3 or more, 2]");
-    assert!(matches!(sort([0; 4], MAX_TOKENS).unwrap_err(), AiterError::TooManyRows { .. }));
+    assert!(matches!(
+        sort([0; 4], MAX_TOKENS).unwrap_err(),
+        AiterError::Experts(ExpertsError::TooManyRows { .. })
+    ));
 
     let mut short = memory(&sorting, 1);
     let error = sorting.sort(topk(&[0, 2, 0, 2], &[1.0; 4], 2), 2, short.buffers()).unwrap_err();

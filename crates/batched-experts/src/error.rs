@@ -1,7 +1,6 @@
 //! What can be wrong with a call or with the weights: the source of every error of this backend.
 
 use fused_moe_core::{Error, Stage, ViewError};
-use grouped_gemm::GemmError;
 use grouped_gemm::experts::ExpertsError;
 
 use crate::NAME;
@@ -22,23 +21,12 @@ pub enum BatchedError {
         /// Rows of a batch.
         max: usize,
     },
-    /// More rows than the tokens of all ranks can make.
-    #[error("{rows} rows were received, at most {max} are possible")]
-    TooManyRows {
-        /// Rows received by all experts of the rank.
-        rows: usize,
-        /// The most there can be.
-        max: usize,
-    },
     /// Weights or a lent tensor that do not fit.
     #[error(transparent)]
     Experts(#[from] ExpertsError),
     /// A lent tensor cannot be read or written, or the workspace is too small.
     #[error(transparent)]
     View(#[from] ViewError),
-    /// Rows cannot be multiplied.
-    #[error(transparent)]
-    Gemm(#[from] GemmError),
 }
 
 impl From<BatchedError> for Error {

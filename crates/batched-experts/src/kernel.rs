@@ -9,12 +9,10 @@ use fused_moe_core::{
     Result, TensorView, TensorViewMut, WireFormat,
 };
 use grouped_gemm::experts::{
-    Codes, ExpertsError, Gemms, PackedExperts, PackedGemms, Pitched, Scaling, Scheme, WeightLayout,
-    check_plan,
+    Codes, ExpertsError, GemmRows, PackedExperts, Pitched, SCALES, Scaling, Scheme, TwoGemms, WeightLayout,
+    check_plan, check_scale,
 };
-use grouped_gemm::{
-    ActivationScale, Activations, Bf16Rows, Epilogue, Executor, Group, GroupedGemm, PackedWeight,
-};
+use grouped_gemm::{ActivationScale, Activations, Epilogue, Executor, Group};
 use half::bf16;
 
 use crate::scheme::{MAX_ROWS, caps, most_local_experts, supported};
@@ -33,31 +31,11 @@ pub(crate) struct BatchedKernel {
     executor: Executor,
 }
 
-/// The valid rows of a call as the GEMMs take them.
-#[derive(Clone, Copy)]
-struct Work<'a> {
-    /// Entry of each valid row of the batches.
-    entry_of_row: &'a [u32],
-    /// Entries of each expert that has some.
-    dense: &'a [Group],
-    /// Rows of the same experts in the batches.
-    batched: &'a [Group],
-}
-
 /// The left side of gemm1.
 struct Input<'a> {
     activations: Activations<'a>,
     /// Row of each entry; `None` if rows are entries.
     gather: Option<&'a [u32]>,
-}
-
-/// Temporaries between the two GEMMs.
-struct Between<'a> {
-    activated: &'a mut [bf16],
-    codes: Codes<'a>,
-    /// By which the second quantisation divides, if the scheme says so.
-    input_scale: f32,
-    scratch: &'a mut [u8],
 }
 
 /// Sizes of the temporaries of a kernel for `plan`, the same on every rank.
@@ -77,7 +55,7 @@ impl BatchedKernel {
         check_plan(plan, &caps)?;
         let rows = plan.max_rows().saturating_mul(most_local_experts(config));
         if rows >= MAX_ROWS {
-            return Err(BatchedError::TooManyRows { rows, max: MAX_ROWS - 1 });
+            return Err(ExpertsError::TooManyRows { rows, max: MAX_ROWS - 1 }.into());
         }
         let layout = WeightLayout::new(supported.scheme, config, rank);
         let sizes = sizes(config, plan, &executor)?;
@@ -94,7 +72,6 @@ impl BatchedKernel {
         mut out: TensorViewMut<'_>,
     ) -> Result<(), BatchedError> {
         let packed = PackedExperts::of(weights, NAME, &self.layout)?;
-        let input_scales = packed.input_scales();
         let Arrived::Batched { tokens } = input.arrived else {
             let (tensor, wanted) = ("the received batch", "one batch per expert".into());
             let found = "[rows, hidden] with top-k".into();
@@ -106,7 +83,7 @@ impl BatchedKernel {
         let out = out.as_mut_slice::<bf16>()?;
 
         let pieces = self.sizes.carve(&mut cx.workspace.reborrow())?;
-        let dense = pieces.dense.fill(self.groups(counts).map(|(entries, group)| {
+        let dense = pieces.gemms.groups.fill(self.groups(counts).map(|(entries, group)| {
             for (entry, row) in entries.clone().zip(group.rows) {
                 pieces.row_of_entry[entry] = row as u32;
                 pieces.entry_of_row[row] = entry as u32;
@@ -116,22 +93,17 @@ impl BatchedKernel {
         let batched = pieces.batched.fill(self.groups(counts).map(|(_, group)| group));
         let entries = dense.last().map_or(0, |group| group.rows.end);
         let row_of_entry = &pieces.row_of_entry[..entries];
-        let work = Work { entry_of_row: pieces.entry_of_row, dense, batched };
-        let x = self.input(input, row_of_entry, input_scales[0], pieces.input)?;
-        if entries == 0 {
-            return Ok(());
-        }
-        let between = Between {
-            activated: &mut pieces.activated[..entries * self.layout.intermediate],
-            codes: pieces.activated_codes,
-            input_scale: input_scales[1],
-            scratch: pieces.gemm_scratch,
+        let input_scale = packed.input_scales()[0];
+        let x = self.input(input, row_of_entry, input_scale, pieces.gemms.input)?;
+        let gemms = TwoGemms {
+            executor: &self.executor,
+            layout: &self.layout,
+            epilogue: self.epilogue,
+            activations: x.activations,
+            gemm1: GemmRows { gather: x.gather, groups: dense, router_weights: None },
+            gemm2: GemmRows { gather: Some(pieces.entry_of_row), groups: batched, router_weights: None },
         };
-        match packed.gemms() {
-            PackedGemms::Bf16(gemms) => self.multiply(gemms, x, work, between, out),
-            PackedGemms::Fp8(gemms) => self.multiply(gemms, x, work, between, out),
-            PackedGemms::Fp4(gemms) => self.multiply(gemms, x, work, between, out),
-        }
+        Ok(gemms.run_bf16(packed, pieces.gemms.between, out)?)
     }
 
     /// Entries and rows of the experts that have some, in ascending order.
@@ -161,8 +133,8 @@ impl BatchedKernel {
                 _ => return Err(BatchedError::RowsOfExpert { expert, count, max }),
             }
         }
-        let max = self.sizes.entries;
-        if rows > max { Err(BatchedError::TooManyRows { rows, max }) } else { Ok(()) }
+        let max = self.sizes.gemms.entries;
+        if rows > max { Err(ExpertsError::TooManyRows { rows, max }.into()) } else { Ok(()) }
     }
 
     /// Checks that a tensor has the batches' shape.
@@ -188,14 +160,9 @@ impl BatchedKernel {
         input_scale: f32,
         codes: Codes<'a>,
     ) -> Result<Input<'a>, ExpertsError> {
-        const SCALES: &str = "the received scale tensor";
         let columns = self.layout.hidden;
         self.fits("the received tensor", &input.hidden, self.wire.payload, columns)?;
-        if input.scale.is_some() != self.wire.scale.is_some() {
-            let [wanted, found] = [self.wire.scale.is_some(), input.scale.is_some()]
-                .map(|is_there| if is_there { "there" } else { "absent" }.to_string());
-            return Err(ExpertsError::Tensor { tensor: SCALES, wanted, found });
-        }
+        check_scale(self.wire, input.scale)?;
         let gather = Some(row_of_entry);
         match (self.layout.scheme, input.scale) {
             (Scheme::Fp8(fp8), Some(scales)) => {
@@ -224,39 +191,6 @@ impl BatchedKernel {
                 Ok(Input { activations, gather: None })
             }
         }
-    }
-
-    /// gemm1, activation, second quantisation, gemm2 into the valid rows of `out`.
-    fn multiply<W: PackedWeight>(
-        &self,
-        gemms: &Gemms<W>,
-        x: Input<'_>,
-        work: Work<'_>,
-        between: Between<'_>,
-        out: &mut [bf16],
-    ) -> Result<(), BatchedError> {
-        let WeightLayout { scheme, hidden, intermediate, .. } = self.layout;
-        let Between { activated, codes, input_scale, scratch } = between;
-        let gemm1 = GroupedGemm {
-            weights: &gemms.w13,
-            activations: x.activations,
-            gather: x.gather,
-            groups: work.dense,
-            router_weights: None,
-            epilogue: self.epilogue,
-        };
-        // The rounding to bf16 before the second quantisation is part of the contract.
-        self.executor.run(&gemm1, scratch, &Bf16Rows::new(activated, intermediate, intermediate)?)?;
-        let activated = Pitched::dense(&*activated, intermediate);
-        let gemm2 = GroupedGemm {
-            weights: &gemms.w2,
-            activations: scheme.activations(activated, input_scale, codes)?,
-            gather: Some(work.entry_of_row),
-            groups: work.batched,
-            router_weights: None,
-            epilogue: Epilogue::Products,
-        };
-        Ok(self.executor.run(&gemm2, scratch, &Bf16Rows::new(out, hidden, hidden)?)?)
     }
 }
 

@@ -1,4 +1,5 @@
-//! What every host experts backend does alike: resolve a scheme, pack a rank's experts, quantise activations.
+//! What every host experts backend does alike: resolve a scheme, pack a rank's experts, quantise activations, run the
+//! two GEMMs.
 //!
 //! How rows reach their experts and what becomes of the products differs between backends and is not here.
 //!
@@ -15,10 +16,13 @@ mod error;
 mod layout;
 mod matrix;
 mod quantize;
+mod received;
 mod rows;
 mod scheme;
 mod scratch;
+mod sum;
 mod support;
+mod two_gemms;
 mod weights;
 
 pub use error::ExpertsError;
@@ -28,6 +32,9 @@ pub use support::{Supported, accepted_wires, check_plan};
 pub use layout::WeightLayout;
 pub use weights::{Gemms, PackedExperts, PackedGemms};
 
-pub use quantize::{Codes, rows_per_task};
+pub use quantize::Codes;
+pub use received::{Received, SCALES, check_scale, visit_local};
 pub use rows::{Pitched, PitchedMut};
 pub use scratch::{CodeSizes, GroupSlots, Word, words};
+pub use sum::sum_slots;
+pub use two_gemms::{Between, GemmPieces, GemmRows, GemmSizes, TwoGemms};

@@ -1,7 +1,6 @@
 //! What can be wrong with a call or with the weights: the source of every error of these backends.
 
 use fused_moe_core::ViewError;
-use grouped_gemm::GemmError;
 use grouped_gemm::experts::ExpertsError;
 use router::RoutingError;
 
@@ -11,34 +10,6 @@ use router::RoutingError;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TrtllmError {
-    /// More rows than the kernel was built for.
-    #[error("{rows} rows were received, at most {max} are possible")]
-    TooManyRows {
-        /// Rows received.
-        rows: usize,
-        /// The most there can be.
-        max: usize,
-    },
-    /// An id that names no expert and is not the padding id -1.
-    #[error("expert id {id} of row {row} slot {slot} is neither -1 nor below {num_experts}")]
-    ExpertId {
-        /// The row.
-        row: usize,
-        /// The slot in the row.
-        slot: usize,
-        /// The id.
-        id: i32,
-        /// Experts over all ranks.
-        num_experts: usize,
-    },
-    /// One expert twice in one row.
-    #[error("row {row} names expert {id} twice")]
-    DuplicateExpertId {
-        /// The row.
-        row: usize,
-        /// The id.
-        id: i32,
-    },
     /// Local experts that are no range of all experts.
     #[error("local experts {first}..{end} are not among {num_experts}")]
     LocalExperts {
@@ -71,7 +42,4 @@ pub enum TrtllmError {
     /// A lent tensor cannot be read or written, or the workspace is too small.
     #[error(transparent)]
     View(#[from] ViewError),
-    /// Rows cannot be multiplied.
-    #[error(transparent)]
-    Gemm(#[from] GemmError),
 }

@@ -97,7 +97,6 @@ mod permute;
 pub mod layout;
 
 mod compute;
-mod finalize;
 mod support;
 mod workspace;
 

@@ -5,10 +5,10 @@ use fused_moe_core::{
     MoeConfig, Plan, Rank, Result, Router, Stage, TensorView, TensorViewMut, TopK, TopKMut,
 };
 use grouped_gemm::Executor;
-use grouped_gemm::experts::Pitched;
+use grouped_gemm::experts::{Pitched, Received};
 use router::HostRouter;
 
-use crate::compute::{Compute, Form, Received};
+use crate::compute::{Compute, Form};
 use crate::{NAME, TrtllmError};
 
 /// Experts of one rank that route by themselves.
@@ -43,15 +43,15 @@ impl MonolithicKernel {
         input: &DispatchedMonolithic<'_>,
         out: TensorViewMut<'_>,
     ) -> std::result::Result<(), Failure> {
-        let rows = input.rows.on_host().map_err(TrtllmError::from)?;
-        self.compute.check_rows(rows)?;
+        let received = Received::new(input.hidden, input.scale, input.rows, self.compute.sizes().rows);
+        let received = received.map_err(TrtllmError::from)?;
         let mut workspace = cx.workspace.reborrow();
         let pieces = self.compute.sizes().carve(&mut workspace).map_err(TrtllmError::from)?;
+        let rows = received.rows;
         let slots = rows * self.router.config().top_k;
         let chosen = Chosen { ids: &mut pieces.ids[..slots], weights: &mut pieces.weights[..slots] };
         let topk = self.route(&mut ExecCx { stream: cx.stream, workspace }, (input.logits, rows), chosen)?;
-        let received = Received { hidden: input.hidden, scale: input.scale, rows, topk };
-        Ok(self.compute.run(weights, received, pieces.work, out)?)
+        Ok(self.compute.run(weights, (received, topk), pieces.work, out)?)
     }
 
     /// Chooses the experts of the first `rows` rows of `logits`.

@@ -3,8 +3,8 @@
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
-use fused_moe_core::{NO_EXPERT, TensorView};
-use grouped_gemm::experts::ExpertsError;
+use fused_moe_core::TensorView;
+use grouped_gemm::experts::{ExpertsError, visit_local};
 
 use crate::TrtllmError;
 
@@ -150,8 +150,8 @@ impl Permuter {
     /// Slots that hold -1 or an expert of another rank are skipped.
     ///
     /// # Errors
-    /// [`TrtllmError::ExpertId`], [`TrtllmError::DuplicateExpertId`] (of a local expert), [`TrtllmError::Buffer`],
-    /// [`TrtllmError::Experts`] and [`TrtllmError::View`] for a misfit tensor.
+    /// [`ExpertsError::ExpertId`], [`ExpertsError::DuplicateExpertId`] (of a local expert), [`TrtllmError::Buffer`],
+    /// [`ExpertsError::Tensor`] and [`TrtllmError::View`] for a misfit tensor.
     pub fn permute<'a>(
         &self,
         ids: TensorView<'_>,
@@ -214,17 +214,7 @@ impl Permuter {
         counts.fill(0);
         for row in 0..rows {
             let ids = ids.row::<i32>(row)?;
-            for (slot, &id) in ids.iter().enumerate() {
-                let num_experts = self.num_experts;
-                if id != NO_EXPERT && usize::try_from(id).map_or(true, |id| id >= num_experts) {
-                    return Err(TrtllmError::ExpertId { row, slot, id, num_experts });
-                }
-                let Some(expert) = self.local(id) else { continue };
-                if ids[..slot].contains(&id) {
-                    return Err(TrtllmError::DuplicateExpertId { row, id });
-                }
-                counts[expert] += 1;
-            }
+            visit_local((row, ids), self.num_experts, |id| self.local(id), |_, expert| counts[expert] += 1)?;
         }
         Ok(())
     }

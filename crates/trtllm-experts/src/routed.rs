@@ -1,13 +1,13 @@
 //! The routed form: ids and weights arrive with the rows.
 
 use fused_moe_core::{
-    Arrived, Dispatched, Error, ExecCx, ExpertWeights, ExpertsCaps, ExpertsModular, MoeConfig, Plan, Rank,
-    Result, Stage, TensorViewMut,
+    Dispatched, Error, ExecCx, ExpertWeights, ExpertsCaps, ExpertsModular, MoeConfig, Plan, Rank, Result,
+    Stage, TensorViewMut,
 };
 use grouped_gemm::Executor;
-use grouped_gemm::experts::ExpertsError;
+use grouped_gemm::experts::Received;
 
-use crate::compute::{Compute, Form, Received};
+use crate::compute::{Compute, Form};
 use crate::{NAME_ROUTED, TrtllmError};
 
 /// Experts of one rank that are told which of them a row goes to.
@@ -37,15 +37,8 @@ impl RoutedKernel {
         input: &Dispatched<'_>,
         out: TensorViewMut<'_>,
     ) -> std::result::Result<(), TrtllmError> {
-        let Arrived::Standard { topk, rows } = input.arrived else {
-            let (tensor, wanted) = ("the received batch", "[rows, hidden] with top-k".into());
-            let found = "one batch per expert".into();
-            return Err(ExpertsError::Tensor { tensor, wanted, found }.into());
-        };
-        let rows = rows.on_host()?;
-        self.compute.check_rows(rows)?;
+        let received = Received::standard(input, self.compute.sizes().rows)?;
         let pieces = self.compute.sizes().carve(&mut cx.workspace.reborrow())?;
-        let received = Received { hidden: input.hidden, scale: input.scale, rows, topk };
         self.compute.run(weights, received, pieces.work, out)
     }
 }

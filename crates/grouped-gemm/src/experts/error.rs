@@ -52,6 +52,34 @@ pub enum ExpertsError {
         /// What was lent.
         found: String,
     },
+    /// More rows than the kernel was built for, or than its indices can number.
+    #[error("{rows} rows were received, at most {max} are possible")]
+    TooManyRows {
+        /// Rows received.
+        rows: usize,
+        /// The most there can be.
+        max: usize,
+    },
+    /// An id that names no expert and is not the padding id -1.
+    #[error("expert id {id} of row {row} slot {slot} is neither -1 nor below {num_experts}")]
+    ExpertId {
+        /// The row.
+        row: usize,
+        /// The slot in the row.
+        slot: usize,
+        /// The id.
+        id: i32,
+        /// Experts over all ranks.
+        num_experts: usize,
+    },
+    /// One expert twice in one row.
+    #[error("row {row} names expert {id} twice")]
+    DuplicateExpertId {
+        /// The row.
+        row: usize,
+        /// The id.
+        id: i32,
+    },
     /// A lent tensor cannot be read or written, or the workspace is too small.
     #[error(transparent)]
     View(#[from] ViewError),

@@ -26,7 +26,7 @@ pub struct Codes<'a> {
 }
 
 /// Rows that one task takes, so that it is worth a task.
-pub fn rows_per_task(columns: usize) -> usize {
+pub(super) fn rows_per_task(columns: usize) -> usize {
     (TASK_ELEMENTS / columns.max(1)).max(1)
 }
 
