@@ -59,6 +59,45 @@ impl std::fmt::Display for Silence {
     }
 }
 
+/// Why processes did not become a group.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RendezvousError {
+    /// The address cannot be had, or no one listens there.
+    #[error("{0}")]
+    Address(std::io::ErrorKind),
+    /// The connection broke off.
+    #[error("connection broke off: {0}")]
+    BrokenOff(std::io::ErrorKind),
+    /// The rank has another token, so it is of another group.
+    #[error("the token is that of another group")]
+    Token,
+    /// Ranks of one group need one version of this crate.
+    #[error("version {mine} here, {theirs} there")]
+    Version {
+        /// The rank's version.
+        mine: String,
+        /// The version of who holds the rendezvous.
+        theirs: String,
+    },
+    /// The rank thinks that it is one of another group.
+    #[error("{rank} of {} ranks, {} per node, here; {} ranks, {} per node, there", mine.0, mine.1, theirs.0, theirs.1)]
+    Topology {
+        /// The rank.
+        rank: Rank,
+        /// Its number of ranks, and of ranks per node.
+        mine: (usize, usize),
+        /// Those of who holds the rendezvous.
+        theirs: (usize, usize),
+    },
+    /// Another process is this rank.
+    #[error("another process is {0}")]
+    Taken(Rank),
+    /// A rank did not come by the deadline, or was lost before all had come.
+    #[error("{0} is missing")]
+    Missing(Rank),
+}
+
 /// Errors of transports and heaps.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -148,6 +187,14 @@ pub enum TransportError {
         /// What the system said.
         kind: std::io::ErrorKind,
     },
+    /// Processes did not become a group.
+    #[error("rendezvous at {address}: {reason}")]
+    Rendezvous {
+        /// Where.
+        address: std::net::SocketAddr,
+        /// Why not.
+        reason: RendezvousError,
+    },
     /// The operating system refused what a group needs to exist.
     #[error("no {what}: {kind}")]
     System {
@@ -167,6 +214,11 @@ impl TransportError {
         }
     }
 
+    /// What turns an error of the operating system that was asked for `what` into one of this type.
+    pub(crate) fn system(what: &'static str) -> impl Fn(std::io::Error) -> Self {
+        move |error| TransportError::System { what, kind: error.kind() }
+    }
+
     /// The error as a stage of the pipeline reports it, with this error as its source. `round` is the sequence
     /// number of the round on the caller's handle (0 while it is being built).
     pub fn into_core(self, stage: Stage, backend: &'static str, round: u64) -> Error {
@@ -184,6 +236,7 @@ impl TransportError {
             | TransportError::Overlapping { .. } => ErrorKind::Contract,
             TransportError::Topology { .. }
             | TransportError::Spawn { .. }
+            | TransportError::Rendezvous { .. }
             | TransportError::System { .. } => ErrorKind::Other,
         };
         Error::new(kind, stage, backend).caused_by(self)

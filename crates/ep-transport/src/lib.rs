@@ -35,10 +35,10 @@
 //! # Ok::<(), ep_transport::TransportError>(())
 //! ```
 //!
-//! The one implementation so far is [threads in one process](ThreadGroup), which can pretend to be several nodes.
-//! The traits leave room for processes over shared memory and for MPI one-sided: no operation needs a peer's
-//! memory to be mapped, and the atomic ones are confined to a node. There is no network engine here, no recovery
-//! of a group that lost a rank, and no device memory.
+//! Ranks are [threads of one process](ThreadGroup) or, on Linux, [processes of one machine](join_processes); either
+//! can pretend to be on several nodes. The traits leave room for MPI one-sided: no operation needs a peer's memory to
+//! be mapped, and the atomic ones are confined to a node. There is no network engine here, no recovery of a group
+//! that lost a rank, and no device memory.
 
 mod cursor;
 mod deadline;
@@ -47,6 +47,8 @@ mod endpoint;
 mod error;
 mod handshake;
 mod heap;
+#[cfg(target_os = "linux")]
+mod processes;
 mod segment;
 mod shared;
 mod status;
@@ -62,10 +64,12 @@ pub use symmetric::{HEAP_ALIGN, HeapLayout, HeapSize, REGION_ALIGN, SymOffset, S
 
 pub use cursor::RowCursor;
 pub use deadline::Deadline;
-pub use error::{Awaited, Result, Silence, TransportError};
+pub use error::{Awaited, RendezvousError, Result, Silence, TransportError};
 pub use heap::{Heap, Payload, Signal, Until};
 pub use status::{Status, StatusBoard};
 pub use traffic::Traffic;
 
+#[cfg(target_os = "linux")]
+pub use processes::{NoToken, ProcessOptions, Rendezvous, Token, join_processes};
 pub use shared::SharedRank;
 pub use threads::{ThreadGroup, ThreadOptions, run_ranks};

@@ -35,6 +35,39 @@ impl Segment {
         Some(Self { start: map_zeroed(bytes)?, size, words_start })
     }
 
+    /// Maps zeroed memory that other processes map as well: `size` from `offset` on in `file`, a multiple of the
+    /// page size within a file that never shrinks.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn map_shared(
+        file: std::os::fd::BorrowedFd<'_>,
+        offset: u64,
+        size: HeapSize,
+    ) -> std::io::Result<Self> {
+        use rustix::mm::{MapFlags, ProtFlags, mmap};
+
+        let bytes = size.required_bytes();
+        let words_start = size.words_start().ok_or(std::io::ErrorKind::OutOfMemory)?;
+        let held = rustix::fs::fstat(file)?.st_size as u64;
+        if bytes > isize::MAX as usize || offset.checked_add(bytes as u64).is_none_or(|end| end > held) {
+            return Err(std::io::ErrorKind::UnexpectedEof.into());
+        }
+        // SAFETY: a fresh mapping at an address of the kernel's choice touches no existing memory. It is backed by
+        // the file in its whole length, and stays so as the file cannot shrink.
+        let start = unsafe {
+            mmap(
+                std::ptr::null_mut(),
+                bytes,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+                file,
+                offset,
+            )?
+        };
+        let start = NonNull::new(start.cast::<u8>()).ok_or(std::io::ErrorKind::OutOfMemory)?;
+        advise_huge_pages(start, bytes);
+        Ok(Self { start, size, words_start })
+    }
+
     pub(crate) fn size(&self) -> HeapSize {
         self.size
     }
@@ -78,13 +111,19 @@ fn map_zeroed(bytes: usize) -> Option<NonNull<u8>> {
     };
     let start = NonNull::new(start.ok()?.cast::<u8>())?;
     #[cfg(target_os = "linux")]
+    advise_huge_pages(start, bytes);
+    Some(start)
+}
+
+/// Asks for huge pages where they are worth it, for the whole mapping at `start`.
+#[cfg(target_os = "linux")]
+fn advise_huge_pages(start: NonNull<u8>, bytes: usize) {
     if bytes >= HUGE_PAGE {
-        // SAFETY: the range is the mapping just made. The advice changes no contents; a kernel without huge pages
+        // SAFETY: the range is a mapping just made. The advice changes no contents; a kernel without huge pages
         // refuses it, and then nothing is lost but speed.
         let _ =
             unsafe { rustix::mm::madvise(start.as_ptr().cast(), bytes, rustix::mm::Advice::LinuxHugepage) };
     }
-    Some(start)
 }
 
 #[cfg(unix)]

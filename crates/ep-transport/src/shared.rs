@@ -17,4 +17,5 @@ mod substrate;
 
 pub(crate) use group::{Group, Topology};
 pub use rank::SharedRank;
+pub(crate) use seat::Absence;
 pub(crate) use substrate::{Offer, Substrate};

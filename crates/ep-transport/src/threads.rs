@@ -46,13 +46,12 @@ impl ThreadGroup {
     #[expect(clippy::new_ret_no_self, reason = "a group is its ranks, each owned by another thread")]
     pub fn new(world_size: usize, options: ThreadOptions) -> Result<Vec<Arc<SharedRank>>> {
         let topology = Topology::new(world_size, options.ranks_per_node)?;
-        let refused =
-            |error: io::Error| TransportError::System { what: "memory for a group", kind: error.kind() };
+        let refused = TransportError::system("memory for a group");
         let process = Arc::new(OneProcess::default());
-        let group = Arc::new(Group::new(process, 0, topology, options.timeout).map_err(refused)?);
+        let group = Arc::new(Group::new(process, 0, topology, options.timeout).map_err(&refused)?);
         tracing::debug!(world_size, ranks_per_node = topology.ranks_per_node, "new group of threads");
         let ranks = (0..world_size).map(|rank| SharedRank::new(Arc::clone(&group), Rank(rank as u32)));
-        ranks.map(|rank| rank.map(Arc::new).map_err(refused)).collect()
+        ranks.map(|rank| rank.map(Arc::new).map_err(&refused)).collect()
     }
 }
 

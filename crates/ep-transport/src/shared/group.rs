@@ -46,6 +46,8 @@ impl Topology {
 pub(crate) struct Group {
     /// A [`Seat`] for each rank.
     control: Arc<Segment>,
+    /// Which rank of the first generation each rank is.
+    members: Box<[u32]>,
     pub(super) topology: Topology,
     pub(super) timeout: Duration,
     pub(super) spin: Spin,
@@ -62,7 +64,13 @@ impl Group {
     ) -> io::Result<Self> {
         let control = substrate.control(generation, Self::control_size(topology))?;
         let spin = Spin::for_ranks(topology.world_size);
-        Ok(Self { control, topology, timeout, spin, substrate })
+        let members = (0..topology.world_size as u32).collect();
+        Ok(Self { control, members, topology, timeout, spin, substrate })
+    }
+
+    /// Which rank of the first generation each rank is.
+    pub(crate) fn members(&self) -> &[u32] {
+        &self.members
     }
 
     /// Size of the control segment.

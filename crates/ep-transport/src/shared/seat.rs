@@ -28,6 +28,8 @@ pub(crate) enum Absence {
     NoEndpoint = NO_ENDPOINT,
     /// It gave up on a collective.
     GaveUp = GAVE_UP,
+    /// Its process has ended without leaving.
+    Died = DIED,
 }
 
 /// What a rank brings to a meeting.
@@ -69,8 +71,8 @@ impl Seat {
     /// Why the rank will not set any further signal, if it will not.
     pub(super) fn shuns_signals(&self) -> Option<Silence> {
         match self.absences.load(Ordering::Acquire) {
-            absences if absences & DIED != 0 => Some(Silence::Died),
             absences if absences & DEPARTED != 0 => Some(Silence::Departed),
+            absences if absences & DIED != 0 => Some(Silence::Died),
             _ => None,
         }
     }
@@ -79,8 +81,9 @@ impl Seat {
     pub(super) fn shuns_collectives(&self) -> Option<Silence> {
         match self.absences.load(Ordering::Acquire) {
             0 => None,
+            absences if absences & DEPARTED != 0 => Some(Silence::Departed),
             absences if absences & DIED != 0 => Some(Silence::Died),
-            absences if absences & (DEPARTED | NO_ENDPOINT) != 0 => Some(Silence::Departed),
+            absences if absences & NO_ENDPOINT != 0 => Some(Silence::Departed),
             _ => Some(Silence::GaveUp),
         }
     }
