@@ -186,6 +186,10 @@ pub struct BenchExpertsArgs {
     /// Timed calls per row, of which the median counts.
     #[arg(long, default_value_t = 9)]
     pub reps: usize,
+    /// The calls to time, instead of random ones: a JSON file `{"calls": [[id, …], …]}` with the expert ids of each
+    /// call, token by token.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["tokens", "reps"])]
+    pub routing: Option<PathBuf>,
     /// Print one JSON object.
     #[arg(long)]
     pub json: bool,

@@ -35,7 +35,7 @@ fn main() -> ExitCode {
         Command::Plan(args) => plan::run(args),
         Command::Matrix(args) => matrix::run(*args),
         Command::Eplb(args) => eplb::run(args),
-        Command::Bench(BenchCommand::Experts(args)) => bench::run(args),
+        Command::Bench(BenchCommand::Experts(args)) => bench::experts::run(args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

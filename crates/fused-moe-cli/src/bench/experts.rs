@@ -1,0 +1,342 @@
+//! `fmoe bench experts`: the experts of one rank, beside what this machine can do at most, in one process.
+
+use std::num::NonZeroUsize;
+use std::path::Path;
+
+use anyhow::{Context, anyhow, bail};
+use fused_moe::{
+    Activation, Call, DType, DeviceKind, ExpertPlacement, FusedMoEKernel, MoeConfig, Overlap, QuantScheme,
+    Rank, Selection, SingleRank, Stream, TensorView, TensorViewMut, TopK,
+};
+use grouped_gemm::probe;
+use half::bf16;
+use rand::{Rng, SeedableRng};
+use rand_pcg::Pcg64;
+use serde::{Deserialize, Serialize};
+
+use super::calls::Calls;
+use super::clock::Clock;
+use crate::args::{BenchExpertsArgs, Quant};
+use crate::exit::{Failure, OrFailure, refused};
+use crate::layer::scheme;
+use crate::report::{print, print_json};
+use crate::synthetic::normal;
+use crate::weights::{LoadedExpert, LoadedMatrix};
+
+/// A layer shape, as in `benches/definitions`.
+#[derive(Clone, Debug, Deserialize)]
+struct Shape {
+    name: String,
+    hidden: usize,
+    intermediate: usize,
+    experts: usize,
+    top_k: usize,
+    tokens: Vec<usize>,
+}
+
+/// The files of `benches/definitions`, by name.
+const BUILT_IN: [(&str, &str); 6] = [
+    ("qwen3-30b-a3b", include_str!("../../shapes/qwen3-30b-a3b.toml")),
+    ("deepseek-v3-ep8", include_str!("../../shapes/deepseek-v3-ep8.toml")),
+    ("deepseek-v3-ep32", include_str!("../../shapes/deepseek-v3-ep32.toml")),
+    ("gpt-oss-20b", include_str!("../../shapes/gpt-oss-20b.toml")),
+    ("mixtral-8x7b", include_str!("../../shapes/mixtral-8x7b.toml")),
+    ("small", include_str!("../../shapes/small.toml")),
+];
+
+impl Shape {
+    fn named(name: &str) -> anyhow::Result<Self> {
+        let text = match BUILT_IN.iter().find(|(built_in, _)| *built_in == name) {
+            Some((_, text)) => (*text).to_string(),
+            None => std::fs::read_to_string(Path::new(name)).with_context(|| {
+                let known: Vec<&str> = BUILT_IN.iter().map(|(name, _)| *name).collect();
+                format!("{name} is no built-in shape ({}) and cannot be read", known.join(", "))
+            })?,
+        };
+        toml::from_str(&text).with_context(|| format!("in {name}"))
+    }
+}
+
+impl Shape {
+    /// Refuses sizes that cannot be measured; what no backend runs is found out later.
+    fn check(&self, tokens: &[usize]) -> anyhow::Result<()> {
+        let Shape { hidden, intermediate, experts, top_k, .. } = *self;
+        // 2^40 bytes of weights are beyond what is measured on a host.
+        let elements = hidden.checked_mul(intermediate).and_then(|n| n.checked_mul(experts));
+        if elements.is_none_or(|n| n == 0 || n > 1 << 40) {
+            bail!(
+                "a layer of {experts} experts, hidden {hidden}, intermediate {intermediate} cannot be measured"
+            );
+        }
+        if top_k == 0 || top_k > experts {
+            bail!("top-{top_k} of {experts} experts does not exist");
+        }
+        if let Some(&tokens) = tokens.iter().find(|&&tokens| tokens == 0 || tokens > 1 << 20) {
+            bail!("{tokens} tokens cannot be measured, at least 1 and at most {} can", 1 << 20);
+        }
+        Ok(())
+    }
+}
+
+#[derive(Serialize)]
+struct Report {
+    shape: String,
+    threads: usize,
+    clock: Clock,
+    peak_gflops: f64,
+    read_gbytes_per_s: f64,
+    rows: Vec<Row>,
+}
+
+/// What the machine does at most, per second.
+#[derive(Clone, Copy, Debug)]
+struct Roof {
+    flops: f64,
+    bytes: f64,
+}
+
+impl Roof {
+    fn probe(threads: NonZeroUsize) -> Self {
+        Self { flops: probe::peak_bf16_flops(threads), bytes: probe::read_bandwidth(threads) }
+    }
+
+    /// The machine is not slower than it was seen to be once.
+    fn max(self, other: Self) -> Self {
+        Self { flops: self.flops.max(other.flops), bytes: self.bytes.max(other.bytes) }
+    }
+}
+
+#[derive(Serialize)]
+struct Row {
+    scheme: String,
+    tokens: usize,
+    median_ms: f64,
+    min_ms: f64,
+    max_ms: f64,
+    gflops: f64,
+    weight_gbytes_per_s: f64,
+    fraction_of_peak: f64,
+    fraction_of_roof: f64,
+}
+
+/// More threads than any machine has cores.
+const MAX_THREADS: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
+
+/// Runs the command.
+pub fn run(args: &BenchExpertsArgs) -> Result<(), Failure> {
+    let shape = Shape::named(&args.shape).or_refused()?;
+    if args.reps == 0 {
+        return refused("--reps 0: at least one call is needed");
+    }
+    let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    let threads = args.threads.unwrap_or(cores);
+    if threads > MAX_THREADS {
+        return refused(format!("--threads {threads}: at most {MAX_THREADS}"));
+    }
+    rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global().or_failed()?;
+    let schemes = if args.quant.is_empty() {
+        vec![Quant::None, Quant::Fp8Block, Quant::Fp8Ptpc, Quant::Fp8PerTensor]
+    } else {
+        args.quant.clone()
+    };
+    let tokens = if args.tokens.is_empty() { &shape.tokens } else { &args.tokens };
+    shape.check(tokens).or_refused()?;
+    let Shape { experts, top_k, .. } = shape;
+    let calls = match &args.routing {
+        Some(file) => Calls::read(file, experts, top_k).or_refused()?,
+        None => tokens.iter().map(|&tokens| Calls::uniform(experts, top_k, tokens, args.reps)).collect(),
+    };
+
+    let before = Roof::probe(threads);
+    let clock = Clock::for_threads(threads.get());
+    let mut measured = Vec::new();
+    for quant in schemes {
+        let most = calls.iter().map(|calls| calls.tokens).max().unwrap_or(1);
+        let bench = Bench::new(&shape, scheme(quant, QuantScheme::Unquantized), most).or_failed()?;
+        for calls in &calls {
+            measured.push(bench.measure(calls, clock).or_failed()?);
+        }
+    }
+    let roof = before.max(Roof::probe(threads));
+    let report = Report {
+        shape: shape.name.clone(),
+        threads: threads.get(),
+        clock,
+        peak_gflops: roof.flops / 1e9,
+        read_gbytes_per_s: roof.bytes / 1e9,
+        rows: measured.iter().map(|measured| measured.row(roof)).collect(),
+    };
+    if args.json {
+        return print_json(&report).or_failed();
+    }
+    print(format_args!(
+        "{}: hidden {}, intermediate {}, {} experts, top-{}; {} threads\n\
+         probes: {:.0} GFLOP/s bf16, {:.1} GB/s read; calls by {} time",
+        shape.name,
+        shape.hidden,
+        shape.intermediate,
+        shape.experts,
+        shape.top_k,
+        report.threads,
+        report.peak_gflops,
+        report.read_gbytes_per_s,
+        match report.clock {
+            Clock::Cpu => "CPU",
+            Clock::Wall => "wall",
+        }
+    ))
+    .or_failed()?;
+    let mut table = comfy_table::Table::new();
+    table.load_preset(comfy_table::presets::UTF8_FULL_CONDENSED);
+    table.set_header([
+        "scheme",
+        "tokens",
+        "median ms",
+        "min",
+        "max",
+        "GFLOP/s",
+        "weights GB/s",
+        "of peak",
+        "of roof",
+    ]);
+    for row in &report.rows {
+        table.add_row([
+            row.scheme.clone(),
+            row.tokens.to_string(),
+            format!("{:.2}", row.median_ms),
+            format!("{:.2}", row.min_ms),
+            format!("{:.2}", row.max_ms),
+            format!("{:.1}", row.gflops),
+            format!("{:.1}", row.weight_gbytes_per_s),
+            format!("{:.0} %", row.fraction_of_peak * 100.0),
+            format!("{:.0} %", row.fraction_of_roof * 100.0),
+        ]);
+    }
+    print(format_args!(
+        "{table}\n\
+         roof: the longer of reading the active experts' weights once and of the FLOPs at the probed peak"
+    ))
+    .or_failed()
+}
+
+/// A layer of random experts, packed.
+struct Bench<'s> {
+    shape: &'s Shape,
+    config: MoeConfig,
+    weights: fused_moe::ExpertWeights,
+}
+
+impl<'s> Bench<'s> {
+    fn new(shape: &'s Shape, quant: QuantScheme, max_tokens: usize) -> anyhow::Result<Self> {
+        let Shape { hidden, intermediate, experts, top_k, .. } = *shape;
+        let config = MoeConfig {
+            hidden,
+            intermediate,
+            top_k,
+            max_tokens_per_rank: max_tokens,
+            in_dtype: DType::Bf16,
+            quant,
+            activation: Activation::Silu,
+            apply_router_weight_on_input: false,
+            expert_bias: false,
+            padding: Default::default(),
+            redundant_experts: 0,
+            routing: None,
+            placement: ExpertPlacement::linear(experts, 1)?,
+            ranks_per_node: 1,
+            device: DeviceKind::Host,
+        };
+        // All experts hold the same values, each in memory of its own: what is timed does not depend on them.
+        let mut random = Pcg64::seed_from_u64(7);
+        let mut matrix = |rows: usize, cols: usize| {
+            let deviation = 1.0 / (cols as f32).sqrt();
+            let values: Vec<bf16> =
+                (0..rows * cols).map(|_| bf16::from_f32(normal(&mut random) * deviation)).collect();
+            LoadedMatrix::from_bf16(values.into(), [rows, cols], quant)
+        };
+        let expert = LoadedExpert {
+            gate: matrix(intermediate, hidden)?,
+            up: matrix(intermediate, hidden)?,
+            down: matrix(hidden, intermediate)?,
+        };
+        let registry = fused_moe::default_backends();
+        let plan = registry.survey(&config, Selection::default())?.fitting.into_iter().next();
+        let plan = plan.ok_or_else(|| anyhow!("no backend runs {quant}"))?;
+        let weights =
+            registry.experts(plan.experts())?.pack(&config, Rank(0), &vec![expert.view()?; experts])?;
+        Ok(Self { shape, config, weights })
+    }
+
+    fn measure(&self, calls: &Calls, clock: Clock) -> anyhow::Result<Measured> {
+        let Shape { hidden, intermediate, experts, top_k, .. } = *self.shape;
+        let tokens = calls.tokens;
+        let registry = fused_moe::default_backends();
+        let FusedMoEKernel::Modular(mut kernel) =
+            registry.build(&self.config, Selection::default(), &SingleRank)?
+        else {
+            return Err(anyhow!("the first backend is not modular"));
+        };
+        let mut random = Pcg64::seed_from_u64(tokens as u64);
+        let x: Vec<bf16> = (0..tokens * hidden).map(|_| bf16::from_f32(normal(&mut random))).collect();
+        let weights: Vec<f32> = (0..tokens * top_k).map(|_| random.random::<f32>() / top_k as f32).collect();
+        let mut out = vec![0f32; tokens * hidden];
+        let mut apply = |ids: &[i32]| -> anyhow::Result<f64> {
+            let call = Call {
+                stream: Stream::Host,
+                weights: &self.weights,
+                hidden: TensorView::from_slice(&x, DType::Bf16, &[tokens, hidden])?,
+                routing: TopK {
+                    ids: TensorView::from_slice(ids, DType::I32, &[tokens, top_k])?,
+                    weights: TensorView::from_slice(&weights, DType::F32, &[tokens, top_k])?,
+                },
+                overlap: Overlap::default(),
+                out: TensorViewMut::from_slice(&mut out, DType::F32, &[tokens, hidden])?,
+            };
+            let (took, done) = clock.time(|| kernel.apply(call));
+            done?;
+            Ok(took.as_secs_f64())
+        };
+        // One call to warm up, then the timed ones.
+        apply(&calls.ids[0])?;
+        let mut seconds = calls.ids.iter().map(|ids| apply(ids)).collect::<anyhow::Result<Vec<_>>>()?;
+        seconds.sort_by(f64::total_cmp);
+        let active = |ids: &Vec<i32>| ids.iter().collect::<std::collections::HashSet<_>>().len();
+        let active = calls.ids.iter().map(active).sum::<usize>() as f64 / calls.ids.len() as f64;
+        Ok(Measured {
+            scheme: self.config.quant.to_string(),
+            tokens,
+            seconds,
+            flops: 6.0 * (hidden * intermediate * top_k * tokens) as f64,
+            bytes: self.weights.bytes() as f64 * active / experts as f64,
+        })
+    }
+}
+
+/// Timed calls of one number of tokens.
+struct Measured {
+    scheme: String,
+    tokens: usize,
+    /// Of each call, ascending.
+    seconds: Vec<f64>,
+    flops: f64,
+    /// Weights of the experts that a call uses, on average.
+    bytes: f64,
+}
+
+impl Measured {
+    fn row(&self, roof: Roof) -> Row {
+        let Measured { ref scheme, tokens, ref seconds, flops, bytes } = *self;
+        let median = seconds[seconds.len() / 2];
+        Row {
+            scheme: scheme.clone(),
+            tokens,
+            median_ms: median * 1e3,
+            min_ms: seconds[0] * 1e3,
+            max_ms: seconds[seconds.len() - 1] * 1e3,
+            gflops: flops / median / 1e9,
+            weight_gbytes_per_s: bytes / median / 1e9,
+            fraction_of_peak: flops / median / roof.flops,
+            fraction_of_roof: (bytes / roof.bytes).max(flops / roof.flops) / median,
+        }
+    }
+}
