@@ -42,6 +42,11 @@ pub(crate) struct Shape {
     pub output_bytes: usize,
 }
 
+/// Bytes that a (token, slot) pair moves in dispatch.
+pub(crate) fn dispatch_row_bytes(payload: usize, scales: usize) -> usize {
+    payload + scales + size_of::<u32>()
+}
+
 impl Shape {
     pub fn new(config: &MoeConfig, plan: &Plan) -> Self {
         let ranks = (0..config.ep_size() as u32).map(Rank);
@@ -71,11 +76,6 @@ impl Shape {
     /// First row of the window of `source` in the batch of local expert `expert`.
     pub fn window(&self, expert: usize, source: Rank) -> usize {
         expert * self.max_rows() + source.index() * self.max_tokens
-    }
-
-    /// Bytes that a (token, slot) pair moves in dispatch.
-    pub fn dispatch_bytes(&self) -> usize {
-        self.payload_bytes + self.scale_bytes + size_of::<u32>()
     }
 
     /// Bytes of this rank's own bookkeeping.

@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use ep_transport::{ThreadGroup, ThreadOptions, Transport, transport_of};
 use fused_moe_core::{
-    ActivationFormat, Axis, CombineKind, DType, DeviceKind, Error, KernelKind, MoeConfig, Plan, PrepareCaps,
-    PrepareFinalize, PrepareFinalizeProvider, ProcessGroup, Result, Stage, Support, Unsupported, WireBytes,
-    WireFormat,
+    ActivationFormat, Axis, CombineKind, CommTraffic, DType, DeviceKind, Error, KernelKind, MoeConfig, Plan,
+    PrepareCaps, PrepareFinalize, PrepareFinalizeProvider, ProcessGroup, Protocol, Result, Stage, Support,
+    Unsupported, WireBytes, WireFormat, copies_per_slot,
 };
 
 use crate::NAME;
-use crate::buffers::{Buffers, Shape};
+use crate::buffers::{Buffers, Shape, dispatch_row_bytes};
 use crate::low_latency::LowLatency;
 
 /// Makes the backend `batched`: one batch of rows per expert, a combine that weights and reduces.
@@ -43,14 +43,11 @@ impl PrepareFinalizeProvider for Batched {
 
     /// As the trait says. The counts, four bytes for every expert and rank of a round, are not any token's.
     fn wire_bytes_per_token(&self, config: &MoeConfig, plan: &Plan) -> WireBytes {
-        let shape = Shape::new(config, plan);
-        // A slot names an expert of the token's own rank with a chance of 1 in N, whatever the placement: that
-        // rank is any of the N alike.
-        let copies = config.top_k as f64 * (config.ep_size() - 1) as f64 / config.ep_size() as f64;
-        WireBytes {
-            dispatch: copies * shape.dispatch_bytes() as f64,
-            combine: copies * shape.output_bytes as f64,
-        }
+        traffic(config, &plan.wire()).into()
+    }
+
+    fn traffic(&self, config: &MoeConfig, wire: &WireFormat) -> Option<CommTraffic> {
+        Some(traffic(config, wire))
     }
 
     fn build(&self, config: &MoeConfig, plan: &Plan, group: &dyn ProcessGroup) -> Result<PrepareFinalize> {
@@ -67,6 +64,16 @@ impl PrepareFinalizeProvider for Batched {
         }
         let handle = LowLatency::new(caps(config), config, plan, transport)?;
         Ok(PrepareFinalize::Modular(Box::new(handle)))
+    }
+}
+
+/// A copy per slot; what goes with it is its slot alone, as its place says the expert.
+fn traffic(config: &MoeConfig, wire: &WireFormat) -> CommTraffic {
+    let (copies, hidden) = (copies_per_slot(config), config.hidden);
+    CommTraffic {
+        protocol: Protocol::PER_EXPERT,
+        dispatch: copies * dispatch_row_bytes(wire.payload_bytes(hidden), wire.scale_bytes(hidden)),
+        combine: copies * (hidden * config.in_dtype.size_bytes()),
     }
 }
 

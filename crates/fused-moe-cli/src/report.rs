@@ -79,7 +79,7 @@ impl From<KernelBytes> for BytesReport {
     }
 }
 
-/// Expected bytes per token between ranks under uniform routing.
+/// Expected bytes per token between ranks.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct WireReport {
     dispatch: f64,

@@ -61,6 +61,7 @@ mod routing;
 #[allow(unsafe_code)] // Views are addresses; their safety is argued there.
 mod tensor;
 mod ticket;
+mod traffic;
 mod validate;
 #[allow(unsafe_code)] // Views of its own allocation.
 mod workspace;
@@ -103,7 +104,9 @@ pub use negotiate::{
 };
 pub use provider::{
     Experts, ExpertsProvider, PrepareFinalize, PrepareFinalizeProvider, WireBytes, check_expert_count,
-    expected_remote_ranks,
+};
+pub use traffic::{
+    CommTraffic, ExpectedSpread, PerLink, Protocol, copies_per_slot, copies_to_all, expected_remote_ranks,
 };
 
 pub use factory::{MakeError, RefusedPair, Registry, Selection, Survey, maybe_make_prepare_finalize};

@@ -7,6 +7,8 @@ use crate::group::ProcessGroup;
 use crate::negotiate::{ExpertsCaps, KernelKind, Plan, PrepareCaps, Support};
 use crate::placement::Rank;
 use crate::prepare_finalize::{PrepareAndFinalizeModular, PrepareAndFinalizeMonolithic};
+use crate::quantization::WireFormat;
+use crate::traffic::CommTraffic;
 
 /// A built prepare/finalize backend of either kind.
 pub enum PrepareFinalize {
@@ -83,8 +85,15 @@ pub trait PrepareFinalizeProvider: Send + Sync {
     /// Bytes of buffers on each rank for a plan; exactly what [`PrepareFinalizeProvider::build`] allocates.
     fn required_bytes(&self, config: &MoeConfig, plan: &Plan) -> usize;
 
-    /// Bytes that one token is expected to move between ranks when routing is uniform.
+    /// Bytes that one token is expected to move between ranks, as [`crate::ExpectedSpread`] draws its experts.
     fn wire_bytes_per_token(&self, config: &MoeConfig, plan: &Plan) -> WireBytes;
+
+    /// What a token is expected to move over which links when it travels as `wire`, for a cost model. Asked for machines
+    /// that this build does not run on, so it holds whether `config` is supported or not. `None` if nothing is known.
+    fn traffic(&self, config: &MoeConfig, wire: &WireFormat) -> Option<CommTraffic> {
+        let _ = (config, wire);
+        None
+    }
 
     /// Builds this rank's end. Collective.
     ///
@@ -100,21 +109,6 @@ pub struct WireBytes {
     pub dispatch: f64,
     /// Until its output is back.
     pub combine: f64,
-}
-
-/// Ranks other than its own that a token is expected to go to when its `top_k` experts are drawn uniformly without
-/// replacement: the sum over ranks `r` of `(1 − C(E − eᵣ, k) / C(E, k))`, times `(N − 1) / N` since its own rank is
-/// any of the N alike.
-pub fn expected_remote_ranks(config: &MoeConfig) -> f64 {
-    let (experts, ranks) = (config.num_experts(), config.ep_size());
-    let hit = |rank| {
-        let held = config.placement.num_local_experts(Rank(rank as u32));
-        // C(E − e, k) / C(E, k) as a product, which neither overflows nor cancels.
-        let missed =
-            (0..config.top_k).map(|i| (experts - held).saturating_sub(i) as f64 / (experts - i) as f64);
-        1.0 - missed.product::<f64>()
-    };
-    (0..ranks).map(hit).sum::<f64>() * (ranks - 1) as f64 / ranks as f64
 }
 
 /// Makes one kind of experts backend, and packs weights for it.

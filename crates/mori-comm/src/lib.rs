@@ -43,5 +43,6 @@ mod buffers;
 mod intranode;
 mod kernel_type;
 mod provider;
+mod traffic;
 
 pub use kernel_type::{KernelType, MoriBackend};

@@ -2,14 +2,14 @@
 
 use ep_transport::transport_of;
 use fused_moe_core::{
-    Axis, DType, DeviceKind, Error, KernelKind, MoeConfig, Plan, PrepareCaps, PrepareFinalize,
+    Axis, CommTraffic, DType, DeviceKind, Error, KernelKind, MoeConfig, Plan, PrepareCaps, PrepareFinalize,
     PrepareFinalizeProvider, ProcessGroup, Result, Stage, Support, Unsupported, WireBytes, WireFormat,
-    expected_remote_ranks,
 };
 
 use crate::buffers::Buffers;
 use crate::intranode::IntraNode;
 use crate::kernel_type::{KernelType, MoriBackend};
+use crate::traffic::traffic;
 
 impl PrepareFinalizeProvider for MoriBackend {
     fn name(&self) -> &'static str {
@@ -41,12 +41,11 @@ impl PrepareFinalizeProvider for MoriBackend {
     }
 
     fn wire_bytes_per_token(&self, config: &MoeConfig, plan: &Plan) -> WireBytes {
-        let buffers = Buffers::new(config, plan);
-        let copies = expected_remote_ranks(config);
-        WireBytes {
-            dispatch: copies * buffers.dispatch_row_bytes() as f64,
-            combine: copies * buffers.combine_row_bytes() as f64,
-        }
+        traffic(*self, config, &plan.wire()).into()
+    }
+
+    fn traffic(&self, config: &MoeConfig, wire: &WireFormat) -> Option<CommTraffic> {
+        Some(traffic(*self, config, wire))
     }
 
     fn build(&self, config: &MoeConfig, plan: &Plan, group: &dyn ProcessGroup) -> Result<PrepareFinalize> {

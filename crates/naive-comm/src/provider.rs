@@ -2,8 +2,9 @@
 
 use ep_transport::transport_of;
 use fused_moe_core::{
-    Axis, DType, Error, KernelKind, MoeConfig, Plan, PrepareCaps, PrepareFinalize, PrepareFinalizeProvider,
-    ProcessGroup, Result, Stage, Support, Unsupported, WireBytes, WireFormat,
+    Axis, CommTraffic, DType, Error, KernelKind, MoeConfig, Plan, PrepareCaps, PrepareFinalize,
+    PrepareFinalizeProvider, ProcessGroup, Protocol, Result, Stage, Support, Unsupported, WireBytes,
+    WireFormat, copies_to_all,
 };
 
 use crate::all_gather::{AllGather, Reduction};
@@ -82,16 +83,28 @@ impl Backend {
     }
 
     fn wire_bytes_per_token(self, config: &MoeConfig, plan: &Plan) -> WireBytes {
-        // Wherever its experts are, a token goes to every other rank and a partial sum comes back from each.
-        let to_peers = |bytes: usize| (bytes * (config.ep_size() - 1)) as f64;
         let row = columns(config, plan).iter().map(|column| column.bytes(1)).sum();
+        self.traffic_of_rows(config, row).into()
+    }
+
+    /// That of a modular round.
+    fn traffic(self, config: &MoeConfig, wire: &WireFormat) -> CommTraffic {
+        let routing = config.top_k * (size_of::<i32>() + size_of::<f32>());
+        let row = wire.payload_bytes(config.hidden) + wire.scale_bytes(config.hidden) + routing;
+        self.traffic_of_rows(config, row)
+    }
+
+    /// Wherever its experts are, a token goes to every other rank and a partial sum comes back from each. Between nodes
+    /// as a vendor's collectives would do it, over rails.
+    fn traffic_of_rows(self, config: &MoeConfig, row: usize) -> CommTraffic {
+        let copies = copies_to_all(config);
         let output = Column::outputs(config).bytes(1);
         let outputs = match self {
             // And the sum goes out again.
             Backend::Gather(Reduction::AllReduce) => 2 * output,
             _ => output,
         };
-        WireBytes { dispatch: to_peers(row), combine: to_peers(outputs) }
+        CommTraffic { protocol: Protocol::COLLECTIVE, dispatch: copies * row, combine: copies * outputs }
     }
 
     fn build(self, config: &MoeConfig, plan: &Plan, group: &dyn ProcessGroup) -> Result<PrepareFinalize> {
@@ -155,6 +168,10 @@ macro_rules! provider {
 
             fn wire_bytes_per_token(&self, config: &MoeConfig, plan: &Plan) -> WireBytes {
                 $backend.wire_bytes_per_token(config, plan)
+            }
+
+            fn traffic(&self, config: &MoeConfig, wire: &WireFormat) -> Option<CommTraffic> {
+                Some($backend.traffic(config, wire))
             }
 
             fn build(

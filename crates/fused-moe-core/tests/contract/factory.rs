@@ -4,7 +4,7 @@ use fused_moe_core::{
     Axis, Contiguous, DType, DeviceKind, Error, ErrorKind, ExpertPlacement, ExpertsCaps, ExpertsProvider,
     Fp8Format, FusedMoEKernel, KernelKind, MakeError, Mismatch, MoeConfig, Plan, PrepareFinalizeProvider,
     ProcessGroup, QuantScheme, Rank, Registry, RoutingConfig, RoutingMethod, Selection, SingleRank,
-    Unsupported, WireFormat, expected_remote_ranks, maybe_make_prepare_finalize,
+    Unsupported, WireFormat, maybe_make_prepare_finalize,
 };
 use rstest::rstest;
 
@@ -298,31 +298,4 @@ fn the_number_of_packed_experts_is_checked() {
     assert_eq!(error.source.unwrap().to_string(), "rank 0 holds 3 experts, 0 were given");
     let nobody = provider.pack(&config, Rank(7), &[]).unwrap();
     assert_eq!((nobody.backend(), nobody.bytes(), nobody.packed::<u8>()), ("aiter", 0, None));
-}
-
-#[rstest]
-#[case(&[0, 0, 1, 1, 2, 2], 3, 2)]
-#[case(&[0, 0, 0, 0, 1, 2], 3, 3)]
-#[case(&[0, 1, 0, 1], 2, 4)]
-#[case(&[0, 0, 0], 1, 2)]
-#[case(&[0, 1, 1, 1], 3, 1)]
-fn expected_ranks_are_the_mean_over_all_choices(
-    #[case] owners: &[usize],
-    #[case] ranks: usize,
-    #[case] top_k: usize,
-) {
-    let mut config = config(1);
-    config.placement = ExpertPlacement::from_owners(owners, ranks).unwrap();
-    config.top_k = top_k;
-    let choices = (0_u32..1 << owners.len()).filter(|set| set.count_ones() as usize == top_k);
-    let mut hit = Vec::new();
-    for set in choices {
-        let touches = |rank| (0..owners.len()).any(|e| set >> e & 1 == 1 && owners[e] == rank);
-        // A token's own rank is any of them alike, and does not count.
-        let all = (0..ranks).filter(|&rank| touches(rank)).count();
-        hit.push(all as f64 * (ranks - 1) as f64 / ranks as f64);
-    }
-    let mean = hit.iter().sum::<f64>() / hit.len() as f64;
-    let got = expected_remote_ranks(&config);
-    assert!((got - mean).abs() < 1e-12, "{got}, want {mean}");
 }

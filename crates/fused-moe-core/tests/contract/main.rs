@@ -14,5 +14,6 @@ mod quantization;
 mod reduce;
 mod tensor;
 mod toys;
+mod traffic;
 mod validation;
 mod workspace;
