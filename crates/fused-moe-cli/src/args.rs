@@ -53,6 +53,49 @@ pub enum Quant {
     Nvfp4,
 }
 
+/// Where the experts of a token are when a cost is expected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Draw {
+    /// In the groups that a group-limited routing allows.
+    Model,
+    /// Anywhere.
+    Uniform,
+}
+
+/// Numbers of ranks, ascending.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EpSizes(pub Vec<usize>);
+
+impl std::str::FromStr for EpSizes {
+    type Err = String;
+
+    /// `A..B` doubles from A and ends with B; otherwise a list.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = |text: &str| match text.trim().parse() {
+            Ok(ranks @ 2..=MAX_EP) => Ok(ranks),
+            Ok(ranks) => Err(format!("{ranks} ranks: at least 2 and at most {MAX_EP}")),
+            Err(error) => Err(format!("{text:?}: {error}")),
+        };
+        let mut sizes: Vec<usize> = match text.split_once("..") {
+            Some((first, last)) => {
+                let (first, last) = (number(first)?, number(last)?);
+                if first > last {
+                    return Err(format!("{first} is more than {last}"));
+                }
+                let doubled = std::iter::successors(Some(first), |ranks| Some(ranks * 2));
+                doubled.take_while(|&ranks| ranks < last).chain([last]).collect()
+            }
+            None => text.split(',').map(number).collect::<Result<_, _>>()?,
+        };
+        sizes.sort_unstable();
+        sizes.dedup();
+        Ok(Self(sizes))
+    }
+}
+
+/// Beyond what any group of GPUs has been run with.
+const MAX_EP: usize = 4096;
+
 /// What a rank is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Ranks {
@@ -67,9 +110,6 @@ pub enum Ranks {
 /// Which layer, over which ranks, with which backends.
 #[derive(Clone, Debug, Args)]
 pub struct LayerArgs {
-    /// Folder with config.json and safetensors files.
-    #[arg(long, value_name = "DIR")]
-    pub checkpoint: PathBuf,
     /// Layer of the model; the first MoE layer if not given.
     #[arg(long, value_name = "N")]
     pub layer: Option<usize>,
@@ -96,6 +136,9 @@ pub struct LayerArgs {
 /// Arguments of `fmoe run`.
 #[derive(Clone, Debug, Args)]
 pub struct RunArgs {
+    /// Folder with config.json and safetensors files.
+    #[arg(long, value_name = "DIR")]
+    pub checkpoint: PathBuf,
     /// The layer.
     #[command(flatten)]
     pub layer: LayerArgs,
@@ -139,9 +182,29 @@ pub struct DemoArgs {
 /// Arguments of `fmoe plan`.
 #[derive(Clone, Debug, Args)]
 pub struct PlanArgs {
-    /// The layer. Only config.json and the headers are read.
+    /// Folder with config.json and safetensors files, of which only the headers are read. With --machine, the sizes of
+    /// DeepSeek-V3 if not given.
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["machine", "published"])]
+    pub checkpoint: Option<PathBuf>,
+    /// The layer.
     #[command(flatten)]
     pub layer: LayerArgs,
+    /// Price dispatch and combine of every backend on this machine: a file as in crates/moe-cost/machines, or one of the
+    /// built-in names (mi300x, mi355x, h100, h200, h200-efa, h800, b200).
+    #[arg(long, value_name = "NAME|FILE", conflicts_with = "ep_size")]
+    pub machine: Option<String>,
+    /// With --machine: numbers of ranks, as 8..320 (8, 16, 32 and so on, and 320) or 8,16.
+    #[arg(long, value_name = "A..B", default_value = "8..64", requires = "machine")]
+    pub ep: EpSizes,
+    /// With --machine: tokens that one rank brings to one call.
+    #[arg(long, value_name = "T", value_delimiter = ',', default_values_t = [128, 4096], requires = "machine")]
+    pub tokens: Vec<usize>,
+    /// With --machine: experts drawn as the model's routing allows, or uniformly as in most benchmarks.
+    #[arg(long, value_enum, default_value_t = Draw::Model, requires = "machine")]
+    pub routing: Draw,
+    /// Print what others have published beside what the cost model says of it.
+    #[arg(long, conflicts_with_all = ["machine", "checkpoint"])]
+    pub published: bool,
     /// Largest number of tokens that one rank brings to one call.
     #[arg(long, value_name = "T", default_value_t = 128)]
     pub max_tokens: usize,

@@ -99,7 +99,7 @@ pub fn run(args: &DemoArgs) -> Result<(), Failure> {
         let hidden = hidden_states(args.tokens, model.hidden, seed);
         for backend in BACKENDS {
             let subject = Demo { registry: &registry, checkpoint: &checkpoint, hidden: &hidden, args };
-            let (row, passes) = subject.run(&folder, backend)?;
+            let (row, passes) = subject.run(backend)?;
             if !passes {
                 failures.push(format!("{} with {backend}", model.name));
             }
@@ -138,10 +138,9 @@ struct Demo<'d> {
 
 impl Demo<'_> {
     /// One row of the table, and whether every element is within its bound.
-    fn run(&self, folder: &Path, backend: &str) -> Result<(Vec<String>, bool), Failure> {
+    fn run(&self, backend: &str) -> Result<(Vec<String>, bool), Failure> {
         let ranks = self.args.ep_size;
         let args = LayerArgs {
-            checkpoint: folder.to_path_buf(),
             layer: None,
             ep_size: ranks,
             all2all: backend.to_string(),

@@ -17,6 +17,8 @@ mod exit;
 mod layer;
 mod matrix;
 mod plan;
+mod projection;
+mod published;
 mod report;
 mod run;
 mod synthetic;

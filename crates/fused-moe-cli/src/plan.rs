@@ -1,5 +1,6 @@
 //! `fmoe plan`: the chosen pair, what it costs, and every other pair with every reason against it.
 
+use anyhow::anyhow;
 use fused_moe::{MoeConfig, Plan, Rank, Registry};
 use moe_checkpoint::Checkpoint;
 use serde::Serialize;
@@ -8,6 +9,7 @@ use crate::args::PlanArgs;
 use crate::exit::{Failure, OrFailure};
 use crate::layer;
 use crate::report::{BytesReport, PlanReport, RejectedReport, WireReport, human_bytes, print, print_json};
+use crate::{projection, published};
 
 #[derive(Serialize)]
 struct Report {
@@ -40,11 +42,18 @@ impl Costed {
 
 /// Runs the command.
 pub fn run(args: &PlanArgs) -> Result<(), Failure> {
+    if args.published {
+        return published::run(args.json);
+    }
+    if let Some(machine) = &args.machine {
+        return projection::run(args, machine);
+    }
+    let folder = args.checkpoint.as_deref().ok_or_else(|| anyhow!("--checkpoint is needed")).or_refused()?;
     let registry = layer::backends(&args.layer);
     let selection = layer::selection(&args.layer);
     // Names first: a misspelt backend is worth saying before a missing file.
     layer::check_names(&registry, selection)?;
-    let checkpoint = Checkpoint::open(&args.layer.checkpoint).or_refused()?;
+    let checkpoint = Checkpoint::open(folder).or_refused()?;
     let stored = layer::open(&checkpoint, args.layer.layer)?;
     let config = layer::config(&stored, &args.layer, args.max_tokens)?;
     let choice = layer::choose(&registry, &config, selection)?;
@@ -66,7 +75,7 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
     print(format_args!(
         "layer {} of {}: {}, EP {}, sort policy {}",
         report.layer,
-        args.layer.checkpoint.display(),
+        folder.display(),
         config.quant,
         config.ep_size(),
         report.sort_policy

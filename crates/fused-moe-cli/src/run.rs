@@ -47,7 +47,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     if load_file.as_ref().is_some_and(|load| load.is(&file)) {
         return refused("--record-load and --output are the same file");
     }
-    let checkpoint = Checkpoint::open(&args.layer.checkpoint).or_refused()?;
+    let checkpoint = Checkpoint::open(&args.checkpoint).or_refused()?;
     let stored = layer::open(&checkpoint, args.layer.layer)?;
     let hidden = HiddenStates::read(&args.input, stored.model().hidden).or_refused()?;
     let max_tokens = hidden.tokens.div_ceil(args.layer.ep_size.max(1));

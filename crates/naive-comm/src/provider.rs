@@ -88,10 +88,13 @@ impl Backend {
     }
 
     /// That of a modular round.
-    fn traffic(self, config: &MoeConfig, wire: &WireFormat) -> CommTraffic {
+    fn traffic(self, config: &MoeConfig, wire: &WireFormat) -> Option<CommTraffic> {
+        if let (Backend::Local, 2..) = (self, config.ep_size()) {
+            return None;
+        }
         let routing = config.top_k * (size_of::<i32>() + size_of::<f32>());
         let row = wire.payload_bytes(config.hidden) + wire.scale_bytes(config.hidden) + routing;
-        self.traffic_of_rows(config, row)
+        Some(self.traffic_of_rows(config, row))
     }
 
     /// Wherever its experts are, a token goes to every other rank and a partial sum comes back from each. Between nodes
@@ -171,7 +174,7 @@ macro_rules! provider {
             }
 
             fn traffic(&self, config: &MoeConfig, wire: &WireFormat) -> Option<CommTraffic> {
-                Some($backend.traffic(config, wire))
+                $backend.traffic(config, wire)
             }
 
             fn build(
