@@ -208,6 +208,9 @@ pub struct PlanArgs {
     /// Largest number of tokens that one rank brings to one call.
     #[arg(long, value_name = "T", default_value_t = 128)]
     pub max_tokens: usize,
+    /// Place experts and their replicas as this file of `fmoe eplb` says.
+    #[arg(long, value_name = "PLACEMENT.json")]
+    pub placement: Option<PathBuf>,
     /// Print one JSON object.
     #[arg(long)]
     pub json: bool,

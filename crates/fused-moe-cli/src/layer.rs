@@ -40,7 +40,7 @@ pub fn shared_scheme(quant: Quant, stored: QuantScheme) -> QuantScheme {
 
 /// Refuses what no loading can do: only bf16 is quantised here, and not to schemes that need a calibration or a format
 /// of their own.
-fn check_conversion(stored: QuantScheme, wanted: QuantScheme) -> Result<(), Failure> {
+pub fn check_conversion(stored: QuantScheme, wanted: QuantScheme) -> Result<(), Failure> {
     let quantises =
         matches!(wanted, QuantScheme::Fp8PerTensor(_) | QuantScheme::Fp8Ptpc(_) | QuantScheme::Fp8Block(_));
     if wanted == stored

@@ -6,6 +6,7 @@ use moe_checkpoint::Checkpoint;
 use serde::Serialize;
 
 use crate::args::PlanArgs;
+use crate::eplb::Replicas;
 use crate::exit::{Failure, OrFailure};
 use crate::layer;
 use crate::report::{BytesReport, PlanReport, RejectedReport, WireReport, human_bytes, print, print_json};
@@ -56,6 +57,7 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
     let checkpoint = Checkpoint::open(folder).or_refused()?;
     let stored = layer::open(&checkpoint, args.layer.layer)?;
     let config = layer::config(&stored, &args.layer, args.max_tokens)?;
+    let config = Replicas::new(args.placement.as_deref(), stored.index(), config)?.config;
     let choice = layer::choose(&registry, &config, selection)?;
     let alternatives = choice.survey.fitting.iter().filter(|plan| **plan != choice.plan);
     let report = Report {

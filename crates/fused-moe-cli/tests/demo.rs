@@ -165,6 +165,9 @@ fn the_bench_measures_a_small_shape() {
 #[case(&["--shape", "small", "--tokens", "18446744073709551615"], "tokens")]
 #[case(&["--shape", "small", "--threads", "0"], "--threads")]
 #[case(&["--shape", "small", "--threads", "100000000"], "--threads")]
+#[case(&["--shape", "small", "--quant", "mxfp4"], "cannot be turned into mxfp4")]
+#[case(&["--shape", "small", "--quant", "none,nvfp4"], "cannot be turned into nvfp4")]
+#[case(&["--shape", "small", "--quant", "fp8-per-tensor-static"], "turned into fp8-per-tensor-static")]
 fn a_bench_of_bad_sizes_is_refused(#[case] args: &[&str], #[case] word: &str) {
     fmoe(["bench", "experts"].iter().chain(args)).failed(2, &[word]);
 }

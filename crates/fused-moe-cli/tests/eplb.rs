@@ -4,7 +4,7 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::{COMMS, Finished, Run, fmoe, listing, manifest_entry, read, relative_l2};
+use common::{COMMS, Finished, Run, fmoe, golden, listing, manifest_entry, read, relative_l2};
 use rstest::rstest;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -104,6 +104,22 @@ fn scales_per_tensor_follow_the_replicas(#[values("mori_high_throughput", "naive
     let options =
         format!("--ep-size 4 --all2all {comm} --quant fp8-per-tensor --placement {placement} --verify");
     files.run("qwen3_moe_norm", &options).run().succeeded();
+}
+
+#[test]
+fn a_plan_is_made_for_a_placement() {
+    let files = Files::new();
+    let slots: Vec<usize> = (0..16).map(|slot| slot * 5 % EXPERTS).collect();
+    let placement = files.write("placement.json", &placed("qwen3_moe_norm", 4, &slots));
+    let plan = |ranks: &str, options: &[&str]| {
+        let checkpoint = golden("qwen3_moe_norm").display().to_string();
+        fmoe(["plan", "--json", "--checkpoint", &checkpoint, "--ep-size", ranks].iter().chain(options))
+    };
+    let reasons = |report: &Value| report["rejected"].to_string();
+    assert!(!reasons(&plan("4", &[]).succeeded().json()).contains("redundant"));
+    let placed = plan("4", &["--placement", &placement]).succeeded().json();
+    assert!(reasons(&placed).contains("redundant"), "{placed}");
+    plan("2", &["--placement", &placement]).failed(2, &["it is for 4 ranks, --ep-size is 2"]);
 }
 
 /// A placement of the case's layer.
