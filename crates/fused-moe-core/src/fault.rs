@@ -60,6 +60,15 @@ pub enum Fault {
     OverlapFailed,
     /// The ticket of the round was dropped.
     Abandoned,
+    /// A token is routed to an expert that went with a lost rank, and such tokens are to fail.
+    ExpertLost {
+        /// Row of the caller's tensor.
+        token: u32,
+        /// The expert, as the router numbers it.
+        expert: u32,
+        /// The rank that held it, as it was numbered before it was lost.
+        rank: u32,
+    },
     /// A status word of a version that this build does not know.
     Unknown {
         /// The first word.
@@ -81,6 +90,7 @@ impl Fault {
             Fault::ExpertsFailed => [8, 0, 0, 0],
             Fault::OverlapFailed => [9, 0, 0, 0],
             Fault::Abandoned => [10, 0, 0, 0],
+            Fault::ExpertLost { token, expert, rank } => [11, token, expert, rank],
             // A peer must never read a fault as success.
             Fault::Unknown { code: 0 } => [u32::MAX, 0, 0, 0],
             Fault::Unknown { code } => [code, 0, 0, 0],
@@ -102,6 +112,7 @@ impl Fault {
             8 => Fault::ExpertsFailed,
             9 => Fault::OverlapFailed,
             10 => Fault::Abandoned,
+            11 => Fault::ExpertLost { token: a, expert: b, rank: c },
             code => Fault::Unknown { code },
         })
     }
@@ -130,6 +141,9 @@ impl std::fmt::Display for Fault {
             Fault::ExpertsFailed => f.write_str("the experts kernel failed"),
             Fault::OverlapFailed => f.write_str("the overlapped work failed"),
             Fault::Abandoned => f.write_str("the ticket of the round was dropped"),
+            Fault::ExpertLost { token, expert, rank } => {
+                write!(f, "token {token} is routed to expert {expert}, which went with lost rank {rank}")
+            }
             Fault::Unknown { code } => write!(f, "unknown status word {code}"),
         }
     }

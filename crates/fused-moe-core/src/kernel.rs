@@ -3,14 +3,16 @@
 use std::time::{Duration, Instant};
 
 use crate::config::MoeConfig;
+use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result, Stage};
 use crate::exec::{ExecCx, Stream};
 use crate::experts::ExpertWeights;
 use crate::fault::Fault;
 use crate::kind::{Batch, Input, Kind, Modular, Monolithic};
+use crate::layout::ViewError;
 use crate::negotiate::{ActivationFormat, Plan, RouterWeight};
 use crate::placement::{ExpertMap, Rank};
-use crate::prepare_finalize::ExpertOut;
+use crate::prepare_finalize::{ExpertOut, PrepareInput};
 use crate::reduce::{ReduceError, ReduceInput};
 use crate::router::TopK;
 use crate::tensor::{TensorView, TensorViewMut};
@@ -280,7 +282,7 @@ impl<K: Kind> ComposedKernel<K> {
         let rows = match &shape.reduced {
             Some(dims) => reduced.tensor(config.in_dtype, dims),
             None if lent => expert_out.tensor(config.in_dtype, &shape.expert_out),
-            None => TensorView::from_slice::<u8>(&[], crate::DType::U8, &[0]),
+            None => TensorView::from_slice::<u8>(&[], DType::U8, &[0]),
         };
         let (out, failure) = match (ran, lent, rows) {
             (Err(failure), _, _) => (ExpertOut::Failed(failure.0), Some(failure.1)),
@@ -305,7 +307,7 @@ impl<K: Kind> ComposedKernel<K> {
         if weights.backend() != self.plan.experts() {
             return contract(format!("the weights were packed by {}", weights.backend()));
         }
-        let dtype_fits = out.dtype() == crate::DType::F32 || out.dtype() == self.config.in_dtype;
+        let dtype_fits = out.dtype() == DType::F32 || out.dtype() == self.config.in_dtype;
         if out.dims() != [hidden.dims()[0], self.config.hidden] || !dtype_fits {
             let (dims, dtype, hidden) = (out.dims(), out.dtype(), hidden.dims());
             return contract(format!("output is {dims:?} of {dtype}, the hidden states are {hidden:?}"));
@@ -318,6 +320,32 @@ impl<K: Kind> ComposedKernel<K> {
             return contract(format!("output has strides {:?}, its rows have gaps", layout.strides()));
         }
         Ok(())
+    }
+}
+
+impl ModularKernel {
+    /// Takes part in a call without tokens because of `fault`, and returns what every rank returns: `RankFailed` with
+    /// it, or with the fault of a lower rank. A rank that finds out before the call that it cannot bring its tokens
+    /// calls this instead of [`Self::apply`], so that nobody waits for it.
+    pub fn abstain(&mut self, stream: Stream, fault: Fault) -> Error {
+        self.take_no_part(stream, fault).err().unwrap_or_else(|| {
+            let why = "the peers took no notice of the fault";
+            Error::contract(Stage::QuantizeDispatch, self.plan.comm(), why)
+        })
+    }
+
+    fn take_no_part(&mut self, stream: Stream, fault: Fault) -> Result<()> {
+        let contract = |why: ViewError| Error::contract(Stage::QuantizeDispatch, self.plan.comm(), why);
+        let slots = [0, self.config.top_k];
+        let topk = TopK {
+            ids: TensorView::from_slice::<i32>(&[], DType::I32, &slots).map_err(contract)?,
+            weights: TensorView::from_slice::<f32>(&[], DType::F32, &slots).map_err(contract)?,
+        };
+        let hidden = [0, self.config.hidden];
+        let hidden = TensorView::from_slice::<u8>(&[], DType::U8, &hidden).map_err(contract)?;
+        let input = PrepareInput { hidden, topk, input_scale: None, fault: Some(fault) };
+        let mut cx = ExecCx { stream, workspace: self.buffers.workspace.arena() };
+        self.prepare_finalize.prepare(&mut cx, input).map(drop)
     }
 }
 

@@ -4,7 +4,8 @@
 //! [`gate_logits`] multiplies hidden states with the gate's weight; [`HostRouter`] chooses the experts by any of
 //! the [`RoutingMethod`](fused_moe_core::RoutingMethod)s of the core, or takes them from a [`HashTable`], and
 //! appends [`SharedSlots`]; [`shared_expert_gate`] is the factor that Qwen2-MoE puts on its shared expert.
-//! [`simulate`] makes top-k rows without a model, [`eplb`] spreads replicas of busy experts over the ranks.
+//! [`simulate`] makes top-k rows without a model, [`eplb`] spreads replicas of busy experts over the ranks,
+//! [`survivors`] goes on where a rank is lost.
 //!
 //! ```
 //! use fused_moe_core::{
@@ -46,6 +47,7 @@ mod recipe;
 mod score;
 pub mod simulate;
 mod slots;
+pub mod survivors;
 
 pub use config::RoutingError;
 pub use gate::{add_gate_bias, gate_logits, shared_expert_gate};

@@ -2,11 +2,12 @@
 
 use counting_alloc::allocations;
 use fused_moe_core::{
-    Arena, DType, ExecCx, ExpertGroups, Router, RoutingConfig, RoutingMethod, Stream, TensorView,
-    TensorViewMut, TopKMut,
+    Arena, DType, ExecCx, ExpertGroups, ExpertPlacement, MoeConfig, Rank, Router, RoutingConfig,
+    RoutingMethod, Stream, TensorView, TensorViewMut, TopKMut,
 };
 use router::HostRouter;
 use router::eplb::{LoadRecorder, LoadShape, ReplicaTable};
+use router::survivors::{Dropped, LostExpertPolicy, SurvivingExperts, Survivors};
 
 #[global_allocator]
 static ALLOCATOR: counting_alloc::Counting = counting_alloc::Counting;
@@ -70,4 +71,27 @@ fn replicas_are_chosen_and_counted_without_allocating() {
         }
     });
     assert_eq!(allocated, 0);
+}
+
+#[test]
+fn tokens_of_lost_experts_are_dropped_without_allocating() {
+    let config = MoeConfig {
+        hidden: 8,
+        intermediate: 8,
+        top_k: 8,
+        max_tokens_per_rank: 50,
+        redundant_experts: 12,
+        ..MoeConfig::new(ExpertPlacement::linear(72, 8).unwrap())
+    };
+    let left = Survivors { ranks: &[Rank(0), Rank(1), Rank(3), Rank(6)], ranks_per_node: 4 };
+    let table = ReplicaTable::identity(60, 12).unwrap();
+    let after = SurvivingExperts::new(&config, &table, left).unwrap();
+    for policy in [LostExpertPolicy::DropAndRenormalise, LostExpertPolicy::DropRaw] {
+        let mut ids: Vec<i32> = (0..400).map(|i| i * 17 % 61 - 1).collect();
+        let mut weights = vec![0.25; 400];
+        let mut dropped = Dropped::default();
+        let allocated = allocations(|| dropped += after.map(policy, 8, &mut ids, &mut weights).unwrap());
+        assert_eq!(allocated, 0, "{policy}");
+        assert!(dropped.slots > 100, "{dropped:?}");
+    }
 }

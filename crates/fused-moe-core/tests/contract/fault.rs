@@ -21,7 +21,8 @@ fn every_fault_survives_the_wire() {
             Fault::ExpertsFailed,
             Fault::OverlapFailed,
             Fault::Abandoned,
-            Fault::Unknown { code: rng.random_range(11..=u32::MAX) },
+            Fault::ExpertLost { token: a, expert: b, rank: rng.random() },
+            Fault::Unknown { code: rng.random_range(12..=u32::MAX) },
         ];
         for (i, fault) in all.into_iter().enumerate() {
             let words = fault.to_words();

@@ -115,6 +115,15 @@ impl ReplicaTable {
     /// # Errors
     /// [`TableError`]: a slot with an unknown expert, an expert without a slot.
     pub fn new(num_logical: usize, physical_to_logical: Vec<u32>) -> Result<Self, TableError> {
+        let table = Self::with_lost(num_logical, physical_to_logical)?;
+        match (0..num_logical).find(|&expert| table.replicas_of(expert).is_empty()) {
+            Some(expert) => Err(TableError::NoReplica { expert, slots: table.num_physical() }),
+            None => Ok(table),
+        }
+    }
+
+    /// [`ReplicaTable::new`] in which experts may have no slot. What maps by such a table must see to them.
+    pub(crate) fn with_lost(num_logical: usize, physical_to_logical: Vec<u32>) -> Result<Self, TableError> {
         let logical = physical_to_logical;
         if num_logical == 0 {
             return Err(TableError::Empty);
@@ -128,9 +137,6 @@ impl ReplicaTable {
                 Some(count) => *count += 1,
                 None => return Err(TableError::NoSuchExpert { slot, expert, num_logical }),
             }
-        }
-        if let Some(expert) = starts[1..].iter().position(|&count| count == 0) {
-            return Err(TableError::NoReplica { expert, slots: logical.len() });
         }
         for expert in 0..num_logical {
             starts[expert + 1] += starts[expert];
@@ -254,7 +260,7 @@ impl ReplicaTable {
         sums
     }
 
-    fn check(&self, top_k: usize, ids: &[i32]) -> Result<(), MapError> {
+    pub(crate) fn check(&self, top_k: usize, ids: &[i32]) -> Result<(), MapError> {
         if top_k == 0 || !ids.len().is_multiple_of(top_k) {
             return Err(MapError::Rows { len: ids.len(), top_k });
         }
@@ -269,7 +275,8 @@ impl ReplicaTable {
         }
     }
 
-    fn replace(&self, top_k: usize, ids: &mut [i32]) {
+    /// Puts the slots in the place of experts that have been checked.
+    pub(crate) fn replace(&self, top_k: usize, ids: &mut [i32]) {
         for (token, row) in ids.chunks_exact_mut(top_k).enumerate() {
             for id in row {
                 *id = self.physical(token, *id).unwrap_or(NO_EXPERT);
