@@ -99,8 +99,8 @@ pub use experts::{
 pub use reduce::{Contiguous, Delegate, NaiveBatched, NoOp, ReduceError, ReduceInput, TopKWeightAndReduce};
 
 pub use negotiate::{
-    ActivationFormat, Axis, CombineKind, ExpertsCaps, KernelKind, Plan, PrepareCaps, RouterWeight, Support,
-    Unsupported, negotiate,
+    ActivationFormat, Axis, CombineKind, ExpertsCaps, KernelKind, PartialSums, Plan, PrepareCaps,
+    RouterWeight, Support, Unsupported, negotiate,
 };
 pub use provider::{
     Experts, ExpertsProvider, PrepareFinalize, PrepareFinalizeProvider, WireBytes, check_expert_count,

@@ -132,6 +132,29 @@ pub enum CombineKind {
     WeightAndReduce,
 }
 
+/// Which sums a combine rounds on the way from the experts' ranks to the token's. Sums are f32 otherwise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum PartialSums {
+    /// None: what ranks (or experts) return is added up once.
+    None,
+    /// Those over the ranks of each node, the token's own among them, to the configuration's element type. They are
+    /// added up in the order of nodes.
+    OfNodes {
+        /// Ranks on each node.
+        ranks_per_node: usize,
+    },
+}
+
+impl std::fmt::Display for PartialSums {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            PartialSums::None => f.write_str("none"),
+            PartialSums::OfNodes { ranks_per_node } => write!(f, "of nodes of {ranks_per_node}"),
+        }
+    }
+}
+
 /// What a prepare/finalize backend offers for one configuration.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
@@ -148,6 +171,8 @@ pub struct PrepareCaps {
     pub topk_id: DType,
     /// What its combine does.
     pub combine: CombineKind,
+    /// What its combine rounds on the way.
+    pub partial_sums: PartialSums,
     /// Whether it can multiply the routing weight into the rows it sends.
     pub weight_on_input: bool,
     /// Whether anything happens between a send and its receive.
@@ -173,6 +198,7 @@ impl PrepareCaps {
             wires,
             topk_id: DType::I32,
             combine: CombineKind::Sum,
+            partial_sums: PartialSums::None,
             weight_on_input: false,
             overlaps: false,
             in_place_output: false,
@@ -278,6 +304,7 @@ pub struct Plan {
     wire: WireFormat,
     weight_and_reduce: TopKWeightAndReduce,
     router_weight: RouterWeight,
+    partial_sums: PartialSums,
     in_place_output: bool,
     max_rows: usize,
 }
@@ -316,6 +343,11 @@ impl Plan {
     /// Where the routing weight is applied.
     pub fn router_weight(&self) -> RouterWeight {
         self.router_weight
+    }
+
+    /// What the combine rounds on the way.
+    pub fn partial_sums(&self) -> PartialSums {
+        self.partial_sums
     }
 
     /// Whether experts write into the backend's own combine buffer.
@@ -425,6 +457,7 @@ pub fn negotiate(
             wire,
             weight_and_reduce: experts.weight_and_reduce,
             router_weight,
+            partial_sums: prepare.partial_sums,
             // The backend's own buffer has the shape of reduced rows.
             in_place_output: prepare.in_place_output && experts.weight_and_reduce.is_no_op(),
             max_rows: prepare.max_rows,
