@@ -9,7 +9,7 @@ use std::process::ExitCode;
 
 use fused_moe::{Activation, ActivationFormat, QuantScheme, Registry, Selection};
 use libtest_mimic::{Arguments, Failed, Trial};
-use moe_conformance::{Case, EP_SIZES, Outcome, SCHEMES, Settings, layer, reference};
+use moe_conformance::{Case, EP_SIZES, Outcome, SCHEMES, Settings, Topology, layer, reference};
 
 /// Cells that must fit at least, so that a backend which starts to refuse does not go unnoticed: what fitted when it
 /// was counted, over every dispatch and experts backend of this workspace and the reference ones.
@@ -38,12 +38,12 @@ struct Cell {
     comm: &'static str,
     experts: &'static str,
     scheme: (&'static str, QuantScheme),
-    ep_size: usize,
+    topology: Topology,
 }
 
 impl Cell {
     fn name(&self) -> String {
-        format!("{}::{}::{}::ep{}", self.comm, self.experts, self.scheme.0, self.ep_size)
+        format!("{}::{}::{}::{}", self.comm, self.experts, self.scheme.0, self.topology)
     }
 
     fn selection(&self) -> Selection<'static> {
@@ -51,17 +51,18 @@ impl Cell {
     }
 
     fn cases(&self, full: bool, settings: Settings) -> Vec<Case> {
-        let (quant, ep_size, seed) = (self.scheme.1, self.ep_size, settings.seed);
+        let (quant, seed) = (self.scheme.1, settings.seed);
+        let Topology { ranks, nodes } = self.topology;
         let mut cases = match full {
-            true => Case::covering(quant, ep_size, seed),
-            false => Case::covering_ep(quant, ep_size, seed),
+            true => Case::covering(quant, ranks, seed).into_iter().map(|case| case.on_nodes(nodes)).collect(),
+            false => Case::covering_part(quant, self.topology, seed),
         };
         // Drawn anew in every run, so that these get to all pairs of factors in time.
         if !full {
             cases.truncate(DAILY_CASES);
         }
         // What gpt-oss has, and what fills up tiles; a backend may refuse either.
-        let plain = Case::plain(quant, ep_size, seed);
+        let plain = Case::plain(quant, ranks, seed).on_nodes(nodes);
         cases.push(Case { activation: Activation::SWIGLU_OAI, expert_bias: true, ..plain.clone() });
         cases.push(plain.clone().padded());
         cases.push(plain);
@@ -70,7 +71,8 @@ impl Cell {
 
     /// Format of the plan for this cell, `None` if it does not fit.
     fn format(&self, registry: &Registry, settings: Settings) -> Option<ActivationFormat> {
-        let config = Case::plain(self.scheme.1, self.ep_size, settings.seed).config();
+        let Topology { ranks, nodes } = self.topology;
+        let config = Case::plain(self.scheme.1, ranks, settings.seed).on_nodes(nodes).config();
         let survey = registry.survey(&config, self.selection()).ok()?;
         survey.fitting.first().map(|plan| plan.format())
     }
@@ -106,7 +108,8 @@ fn main() -> ExitCode {
     for comm in registry.comm_names() {
         for experts in registry.experts_names() {
             for &&scheme in &schemes {
-                cells.extend(EP_SIZES.map(|ep_size| Cell { comm, experts, scheme, ep_size }));
+                let topologies = EP_SIZES.map(Topology::one_node).into_iter().chain(Topology::MULTI_NODE);
+                cells.extend(topologies.map(|topology| Cell { comm, experts, scheme, topology }));
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, bail};
 use fused_moe::{
-    Activation, DType, Padding, TensorView, TensorViewMut, router::eplb::ReplicaTable,
+    Activation, DType, Padding, PartialSums, TensorView, TensorViewMut, router::eplb::ReplicaTable,
     router::shared_expert_gate,
 };
 use fused_moe::{ExpertMatrices, ExpertPlacement, NO_EXPERT, Plan, QuantScheme, Rank, RouterWeight};
@@ -122,7 +122,7 @@ pub fn verify(subject: &Subject<'_>, hidden: &HiddenStates, run: &LayerRun) -> a
                     weights: &weights[part.clone()],
                 }],
             }
-            .expected(Rounding { routes: false, ..rounding })?;
+            .expected(Rounding { partial_sums: PartialSums::None, routes: false, ..rounding })?;
             of_all.append(mine);
         }
         expected.add(&of_all);

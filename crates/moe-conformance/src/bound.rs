@@ -75,10 +75,12 @@
 //! partial sum of a rank, m slots  e_p = Σ |w|·(e_y + (m + 1)·u·|y|)        (+ 32u·|w·y| if experts route)
 //! rounded to bf16                 0 if no boundary lies in [p − e_p, p + e_p], else the step across it
 //! over R ranks with the token     + (R − 1)·u·Σ|p|
+//! rounded to bf16 per node        again 0 or the step, and + (nodes − 1)·u·Σ|sums of nodes|
 //! output in bf16                  again 0 or the step
 //! ```
 //!
-//! If experts return unweighted rows, each of these is rounded to bf16 instead of the partial sum, and weights and
+//! The sums of nodes are rounded only by a combine that says so ([`fused_moe_core::PartialSums`]); then the ranks are those of
+//! one node. If experts return unweighted rows, each of these is rounded to bf16 instead of the partial sum, and weights and
 //! `k` slots take the place of ranks. Routing weights are inputs; only monolithic experts compute them, from the
 //! logits, and which experts those choose is decided by the host router.
 //!
@@ -116,8 +118,8 @@ pub(crate) use activation::activated;
 pub(crate) use combine::{Combine, PairOutputs};
 pub use combine::{Returned, Rounding};
 pub(crate) use requantize::{Requantized, requantized};
-pub(crate) use rounding::nearest;
-pub(crate) use sums::{Bounded, Products};
+pub(crate) use rounding::{nearest, to_bf16};
+pub(crate) use sums::{Bounded, Products, U};
 
 use crate::metrics::{calc_diff, relative_l2};
 

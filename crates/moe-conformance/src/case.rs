@@ -65,8 +65,40 @@ impl TokenCounts {
     }
 }
 
-/// Sizes of the expert-parallel group that are tested.
+/// Sizes of the expert-parallel group that are tested on one node.
 pub const EP_SIZES: [usize; 4] = [1, 2, 3, 8];
+
+/// Ranks, and over how many nodes of one size they are spread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Topology {
+    /// Size of the expert-parallel group.
+    pub ranks: usize,
+    /// Nodes, a divisor of the ranks.
+    pub nodes: usize,
+}
+
+impl Topology {
+    /// What is tested over several nodes.
+    pub const MULTI_NODE: [Self; 4] = [
+        Self { ranks: 4, nodes: 2 },
+        Self { ranks: 6, nodes: 3 },
+        Self { ranks: 8, nodes: 2 },
+        Self { ranks: 8, nodes: 4 },
+    ];
+
+    /// That of all ranks on one node.
+    pub const fn one_node(ranks: usize) -> Self {
+        Self { ranks, nodes: 1 }
+    }
+}
+
+/// As names of cases end: `ep8`, or `ep8n2` over two nodes.
+impl std::fmt::Display for Topology {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "ep{}", self.ranks)?;
+        if self.nodes > 1 { write!(f, "n{}", self.nodes) } else { Ok(()) }
+    }
+}
 
 /// The schemes that are tested, by the name that cases carry.
 pub const SCHEMES: [(&str, QuantScheme); 10] = [
@@ -103,6 +135,8 @@ pub struct Case {
     pub top_k: usize,
     /// Tokens of each rank; as many entries as ranks.
     pub tokens: Vec<usize>,
+    /// Nodes that the ranks are spread over, as many on each.
+    pub nodes: usize,
     /// Which experts tokens name.
     pub routing: RoutingPattern,
     /// Scheme of weights and activations.
@@ -129,6 +163,7 @@ impl Case {
             num_experts: 8,
             top_k: 2,
             tokens: TokenCounts::Uneven.per_rank(ep_size),
+            nodes: 1,
             routing: RoutingPattern::Uniform,
             quant,
             placement: linear(8, ep_size),
@@ -165,17 +200,20 @@ impl Case {
     /// Cases of `quant` over `ep_size` ranks in which every two of these meet: token counts, top-k {1, 4, 8},
     /// routing pattern, sizes, placement (linear or scattered), weight on output or (for top-1) on input.
     pub fn covering(quant: QuantScheme, ep_size: usize, seed: Seed) -> Vec<Self> {
-        let dealt = Self::covering_all(quant, &[ep_size], seed);
-        dealt.into_iter().map(|(_, case)| case).collect()
+        Self::covering_all(quant, &[Topology::one_node(ep_size)], seed)
     }
 
-    /// As [`Case::covering`] with the size of the group as another factor: fewer cases in all.
-    pub fn covering_ep(quant: QuantScheme, ep_size: usize, seed: Seed) -> Vec<Self> {
-        let dealt = Self::covering_all(quant, &EP_SIZES, seed);
-        dealt.into_iter().filter(|(ep, _)| *ep == ep_size).map(|(_, case)| case).collect()
+    /// As [`Case::covering`] with the ranks as another factor, [`EP_SIZES`] on one node or
+    /// [`Topology::MULTI_NODE`]: fewer cases in all.
+    pub fn covering_part(quant: QuantScheme, topology: Topology, seed: Seed) -> Vec<Self> {
+        let dealt = match topology.nodes {
+            1 => Self::covering_all(quant, &EP_SIZES.map(Topology::one_node), seed),
+            _ => Self::covering_all(quant, &Topology::MULTI_NODE, seed),
+        };
+        dealt.into_iter().filter(|case| case.topology() == topology).collect()
     }
 
-    fn covering_all(quant: QuantScheme, ep_sizes: &[usize], seed: Seed) -> Vec<(usize, Self)> {
+    fn covering_all(quant: QuantScheme, topologies: &[Topology], seed: Seed) -> Vec<Self> {
         const TOP_K: [usize; 3] = [1, 4, 8];
         const NUM_EXPERTS: [usize; 2] = [13, 16];
         let levels = [
@@ -184,13 +222,14 @@ impl Case {
             RoutingPattern::ALL.len(),
             SHAPES.len(),
             NUM_EXPERTS.len() * 2,
-            ep_sizes.len(),
+            topologies.len(),
         ];
         // The rows of the covering are the same for all sizes of the group that share a seed.
         let rows = pairs::covering(&levels, seed);
         let case = |(index, row): (usize, &Vec<usize>)| {
             let seed = seed.derive(index as u64);
-            let (ep_size, num_experts) = (ep_sizes[row[5]], NUM_EXPERTS[row[4] % 2]);
+            let Topology { ranks: ep_size, nodes } = topologies[row[5]];
+            let num_experts = NUM_EXPERTS[row[4] % 2];
             let scattered = row[4] >= NUM_EXPERTS.len();
             let top_k = TOP_K[row[1]];
             let case = Self {
@@ -200,6 +239,7 @@ impl Case {
                 num_experts,
                 top_k,
                 tokens: TokenCounts::ALL[row[0]].per_rank(ep_size),
+                nodes,
                 routing: RoutingPattern::ALL[row[2]],
                 quant,
                 placement: if scattered {
@@ -212,7 +252,7 @@ impl Case {
                 expert_bias: false,
                 padding: Padding::default(),
             };
-            (ep_size, case.affordable())
+            case.affordable()
         };
         rows.iter().enumerate().map(case).collect()
     }
@@ -235,6 +275,17 @@ impl Case {
         self
     }
 
+    /// The case over `nodes` nodes.
+    #[must_use]
+    pub fn on_nodes(self, nodes: usize) -> Self {
+        Self { nodes, ..self }
+    }
+
+    /// The ranks of the case, on their nodes.
+    pub fn topology(&self) -> Topology {
+        Topology { ranks: self.ep_size(), nodes: self.nodes }
+    }
+
     /// Ranks in the group.
     pub fn ep_size(&self) -> usize {
         self.tokens.len()
@@ -245,7 +296,7 @@ impl Case {
         Shape { hidden: self.hidden, intermediate: self.intermediate, top_k: self.top_k }
     }
 
-    /// The configuration of the layer: bf16 on the host, one node, room for a few more tokens than come.
+    /// The configuration of the layer: bf16 on the host, room for a few more tokens than come.
     pub fn config(&self) -> MoeConfig {
         MoeConfig {
             hidden: self.hidden,
@@ -269,7 +320,7 @@ impl Case {
                 correction_bias: None,
             }),
             placement: self.placement.clone(),
-            ranks_per_node: self.ep_size(),
+            ranks_per_node: self.ep_size() / self.nodes,
             device: DeviceKind::Host,
         }
     }
@@ -304,11 +355,12 @@ impl std::fmt::Display for Case {
         let owners: Vec<u32> = self.placement.owners().iter().map(|rank| rank.0).collect();
         write!(
             f,
-            "hidden {} intermediate {} top-{} of {} experts on ranks {owners:?}, tokens {:?}, {:?} routing, {}, {}{}{}{}, seed {}",
+            "hidden {} intermediate {} top-{} of {} experts on ranks {owners:?} ({}), tokens {:?}, {:?} routing, {}, {}{}{}{}, seed {}",
             self.hidden,
             self.intermediate,
             self.top_k,
             self.num_experts,
+            self.topology(),
             self.tokens,
             self.routing,
             self.quant,

@@ -35,16 +35,16 @@ pub(crate) fn run(
     case: &'static str,
     settings: Settings,
 ) -> Outcome {
-    let Some(Named { check, quant, ep_size }) = Named::parse(case) else {
+    let Some(Named { check, quant, topology }) = Named::parse(case) else {
         return Outcome::Fail(format!("{case:?} is no name of a case"));
     };
     let provider = Arc::clone(provider);
     supervised(settings, move || {
-        let small = Case::small(quant, ep_size, settings.seed);
+        let small = Case::small(quant, topology.ranks, settings.seed).on_nodes(topology.nodes);
         let quantized = quant.quantized_wire(small.config().in_dtype);
         let target = |kind, wire| Target { provider: &provider, kind, wire, settings };
         let modular = target(KernelKind::Modular, quantized);
-        let cases = || Case::covering_ep(quant, ep_size, settings.seed);
+        let cases = || Case::covering_part(quant, topology, settings.seed);
         match check {
             "rows" => over(&cases(), |case| rounds::rows(&modular, case)),
             "deferred" => {

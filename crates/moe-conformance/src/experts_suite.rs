@@ -25,18 +25,18 @@ pub(crate) const CASES: &[&str] = crate::__experts_cases! { __names };
 const CASES_PER_TEST: usize = 6;
 
 pub(crate) fn run(provider: &Arc<dyn ExpertsProvider>, case: &'static str, settings: Settings) -> Outcome {
-    let Some(Named { check, quant, ep_size }) = Named::parse(case) else {
+    let Some(Named { check, quant, topology }) = Named::parse(case) else {
         return Outcome::Fail(format!("{case:?} is no name of a case"));
     };
     let provider = Arc::clone(provider);
     supervised(settings, move || {
-        let small = Case::small(quant, ep_size, settings.seed);
+        let small = Case::small(quant, topology.ranks, settings.seed);
         let target = Target { provider: &provider, kind: KernelKind::Modular, settings };
-        let mut cases = Case::covering_ep(quant, ep_size, settings.seed);
+        let mut cases = Case::covering_part(quant, topology, settings.seed);
         if !matches!(check, "stage1weight") {
             cases.truncate(CASES_PER_TEST);
         }
-        let plain = Case::plain(quant, ep_size, settings.seed.derive(7));
+        let plain = Case::plain(quant, topology.ranks, settings.seed.derive(7));
         cases.insert(0, plain.clone());
         match check {
             "oracle" => over(&cases, |case| batches::oracle(&target, case)),
@@ -54,8 +54,8 @@ pub(crate) fn run(provider: &Arc<dyn ExpertsProvider>, case: &'static str, setti
                     with(RoutingPattern::SameExperts, 1),
                     with(RoutingPattern::LocalOnly, 2),
                     with(RoutingPattern::Padded, 4),
-                    Case { tokens: vec![0; ep_size], ..small.clone() },
-                    Case { tokens: vec![1; ep_size], ..small.clone() },
+                    Case { tokens: vec![0; topology.ranks], ..small.clone() },
+                    Case { tokens: vec![1; topology.ranks], ..small.clone() },
                 ];
                 over(&cases, |case| batches::oracle(&target, case))
             }

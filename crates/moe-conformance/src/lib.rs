@@ -68,7 +68,7 @@ mod wire;
 pub mod saboteurs;
 
 pub use bound::{Agreement, Expected, Rounding, TooFar};
-pub use case::{Case, EP_SIZES, LayerWeights, RankInput, RoutingPattern, SCHEMES, TokenCounts};
+pub use case::{Case, EP_SIZES, LayerWeights, RankInput, RoutingPattern, SCHEMES, TokenCounts, Topology};
 pub use launcher::{GroupSpec, Launcher, Spmd, Threads};
 pub use metrics::{calc_diff, relative_l2};
 pub use outcome::{Outcome, Settings};

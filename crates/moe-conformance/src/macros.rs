@@ -140,6 +140,17 @@ macro_rules! __comm_cases {
             layer_ptpc_ep1 layer_ptpc_ep2 layer_ptpc_ep3 layer_ptpc_ep8
             layer_tensor_ep1 layer_tensor_ep2 layer_tensor_ep3 layer_tensor_ep8
             layer_static_ep1 layer_static_ep2 layer_static_ep8
+            rows_none_ep4n2 rows_none_ep6n3 rows_none_ep8n2 rows_none_ep8n4
+            rows_block_ep4n2 rows_block_ep6n3 rows_block_ep8n2 rows_block_ep8n4
+            rows_ptpc_ep4n2 rows_tensor_ep6n3 rows_static_ep8n4 deferred_block_ep8n4
+            faultdispatch_none_ep4n2 faultdispatch_block_ep6n3 faultexperts_none_ep4n2 faultexperts_block_ep8n4
+            faultdropped_none_ep4n2 faultdropped_none_ep6n3 faulttwo_none_ep8n2
+            foreignticket_none_ep4n2 twohandles_none_ep4n2 twohandles_block_ep8n4
+            lostpeer_none_ep4n2 lostpeer_none_ep6n3 bytes_none_ep4n2 bytes_block_ep6n3
+            traffic_none_ep4n2 traffic_block_ep8n4
+            layer_none_ep4n2 layer_none_ep6n3 layer_none_ep8n2 layer_none_ep8n4
+            layer_block_ep4n2 layer_block_ep6n3 layer_block_ep8n2 layer_block_ep8n4
+            layer_ptpc_ep4n2 layer_tensor_ep6n3 layer_static_ep8n2
         }
     };
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use fused_moe_core::{
     ActivationFormat, DType, ExecCx, ExpertWeights, Experts, ExpertsMonolithic, ExpertsProvider, KernelKind,
-    Rank, Stream, TensorViewMut,
+    PartialSums, Rank, Stream, TensorViewMut,
 };
 
 use crate::batch::{Batch, Receiver, plan_for, writable};
@@ -25,17 +25,17 @@ pub(crate) const CASES: &[&str] = crate::__monolithic_cases! { __names };
 const CASES_PER_TEST: usize = 6;
 
 pub(crate) fn run(provider: &Arc<dyn ExpertsProvider>, case: &'static str, settings: Settings) -> Outcome {
-    let Some(Named { check, quant, ep_size }) = Named::parse(case) else {
+    let Some(Named { check, quant, topology }) = Named::parse(case) else {
         return Outcome::Fail(format!("{case:?} is no name of a case"));
     };
     let provider = Arc::clone(provider);
     supervised(settings, move || {
         let target = Target { provider: &provider, kind: KernelKind::Monolithic, settings };
-        let mut cases = Case::covering_ep(quant, ep_size, settings.seed);
+        let mut cases = Case::covering_part(quant, topology, settings.seed);
         // The routing weight can only be applied on the input where it is known before the experts.
         cases.iter_mut().for_each(|case| case.apply_router_weight_on_input = false);
         cases.truncate(CASES_PER_TEST);
-        let plain = Case::plain(quant, ep_size, settings.seed.derive(7));
+        let plain = Case::plain(quant, topology.ranks, settings.seed.derive(7));
         cases.insert(0, plain.clone());
         match check {
             "oracle" => over(&cases, |case| oracle(&target, case)),
@@ -108,7 +108,12 @@ fn one_batch(
         rank,
     };
     let slots = count * case.top_k;
-    let rounding = Rounding { returned: Returned::PartialSums, output: DType::F32, routes: true };
+    let rounding = Rounding {
+        returned: Returned::PartialSums,
+        partial_sums: PartialSums::None,
+        output: DType::F32,
+        routes: true,
+    };
     let mut verdict = fail("no candidate");
     for values in rows.values(case, rank, Codes::of_gemm1(case.quant, &all)) {
         let arrived =

@@ -1,8 +1,8 @@
-//! What the name of a case says: `check_scheme_epN`.
+//! What the name of a case says: `check_scheme_epN`, or `check_scheme_epNnM` over M nodes.
 
 use fused_moe_core::QuantScheme;
 
-use crate::case::SCHEMES;
+use crate::case::{SCHEMES, Topology};
 
 /// A case by its name.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -11,8 +11,8 @@ pub(crate) struct Named {
     pub(crate) check: &'static str,
     /// Under which scheme.
     pub(crate) quant: QuantScheme,
-    /// Over how many ranks.
-    pub(crate) ep_size: usize,
+    /// Over which ranks.
+    pub(crate) topology: Topology,
 }
 
 impl Named {
@@ -20,7 +20,10 @@ impl Named {
         let mut parts = name.split('_');
         let (check, scheme, ep) = (parts.next()?, parts.next()?, parts.next()?);
         let (_, quant) = SCHEMES.into_iter().find(|(known, _)| *known == scheme)?;
-        Some(Self { check, quant, ep_size: ep.strip_prefix("ep")?.parse().ok()? })
+        let ep = ep.strip_prefix("ep")?;
+        let (ranks, nodes) = ep.split_once('n').unwrap_or((ep, "1"));
+        let topology = Topology { ranks: ranks.parse().ok()?, nodes: nodes.parse().ok()? };
+        Some(Self { check, quant, topology })
     }
 }
 

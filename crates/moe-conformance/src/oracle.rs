@@ -12,8 +12,8 @@ pub(crate) mod fp4;
 mod matrix;
 
 use fused_moe_core::{
-    Activation, DType, ExpertMatrices, ExpertPlacement, Padding, Plan, QuantScheme, Rank, RouterWeight,
-    ViewError,
+    Activation, DType, ExpertMatrices, ExpertPlacement, Padding, PartialSums, Plan, QuantScheme, Rank,
+    RouterWeight, ViewError,
 };
 use half::bf16;
 
@@ -165,7 +165,12 @@ impl Layer<'_> {
     /// # Errors
     /// [`OracleError`].
     pub fn run(&self) -> Result<Vec<Vec<f64>>, OracleError> {
-        let rounding = Rounding { returned: Returned::PartialSums, output: DType::F32, routes: false };
+        let rounding = Rounding {
+            returned: Returned::PartialSums,
+            partial_sums: PartialSums::None,
+            output: DType::F32,
+            routes: false,
+        };
         let Expected { exact, .. } = self.expected(rounding)?;
         let mut rest = exact.as_slice();
         let per_rank = self.ranks.iter().map(|tokens| {

@@ -1,7 +1,7 @@
 //! Whole layers of the reference backends against the oracle.
 
 use fused_moe_core::{Registry, Selection};
-use moe_conformance::{Case, EP_SIZES, Outcome, SCHEMES, Settings, layer, reference};
+use moe_conformance::{Case, EP_SIZES, Outcome, SCHEMES, Settings, Topology, layer, reference};
 
 fn registry() -> Registry {
     Registry::new()
@@ -18,7 +18,8 @@ fn run(selection: Selection<'_>) -> (usize, usize) {
     let (mut passed, mut refused) = (0, 0);
     for (scheme, (_, quant)) in SCHEMES.into_iter().take(4).enumerate() {
         for ep_size in EP_SIZES {
-            for case in Case::covering_ep(quant, ep_size, settings.seed.derive(scheme as u64)) {
+            let topology = Topology::one_node(ep_size);
+            for case in Case::covering_part(quant, topology, settings.seed.derive(scheme as u64)) {
                 match layer::run(&registry(), &case, selection, settings) {
                     Outcome::Pass => passed += 1,
                     Outcome::Refused(_) => refused += 1,

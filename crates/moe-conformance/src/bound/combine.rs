@@ -1,6 +1,6 @@
 //! From the outputs of pairs to the output of the layer: partial sums, their rounding, the sum over ranks.
 
-use fused_moe_core::{DType, KernelKind, Plan};
+use fused_moe_core::{DType, KernelKind, PartialSums, Plan};
 
 use super::Expected;
 use super::rounding::to_bf16;
@@ -24,6 +24,8 @@ pub enum Returned {
 pub struct Rounding {
     /// What travels back, in bf16.
     pub returned: Returned,
+    /// What is rounded to bf16 again on the way.
+    pub partial_sums: PartialSums,
     /// Element type of the layer's output.
     pub output: DType,
     /// Whether the experts compute the routing weights, from logits.
@@ -37,7 +39,8 @@ impl Rounding {
             true => Returned::PartialSums,
             false => Returned::ExpertOutputs,
         };
-        Self { returned, output, routes: plan.kind() == KernelKind::Monolithic }
+        let routes = plan.kind() == KernelKind::Monolithic;
+        Self { returned, partial_sums: plan.partial_sums(), output, routes }
     }
 }
 
@@ -50,34 +53,54 @@ pub(crate) struct PairOutputs {
     pub(crate) values: Vec<Bounded>,
 }
 
+/// Sums of what was rounded, `[rows, hidden]`.
+struct Sums {
+    want: Vec<f64>,
+    bound: Vec<f64>,
+    /// Of what is added up, the sum of magnitudes.
+    magnitude: Vec<f64>,
+    /// How many are added up, for each row.
+    added: Vec<u32>,
+}
+
+impl Sums {
+    fn new(rows: usize, hidden: usize) -> Self {
+        let zeros = vec![0.0; rows * hidden];
+        Self { want: zeros.clone(), bound: zeros.clone(), magnitude: zeros, added: vec![0; rows] }
+    }
+
+    fn add(&mut self, at: usize, Bounded { value, error }: Bounded) {
+        self.want[at] += value;
+        self.bound[at] += error;
+        self.magnitude[at] += value.abs();
+    }
+
+    /// The sum at `at`, which is in `row`.
+    fn sum(&self, at: usize, row: usize) -> Bounded {
+        let additions = f64::from(self.added[row].saturating_sub(1));
+        let (value, error) = (self.want[at], self.bound[at]);
+        Bounded { value, error: error + additions * U * (self.magnitude[at] + error) }
+    }
+}
+
 /// The sum of all outputs of a layer.
 pub(crate) struct Combine {
     rounding: Rounding,
     hidden: usize,
+    ranks: usize,
     exact: Vec<f64>,
-    want: Vec<f64>,
-    bound: Vec<f64>,
-    /// Of what is added up last, the sum of magnitudes.
-    magnitude: Vec<f64>,
-    /// How many are added up last, for each row.
-    added: Vec<u32>,
+    /// Of the current node, if sums of nodes are rounded, and of all ranks if not.
+    of_ranks: Sums,
+    of_nodes: Sums,
 }
 
 impl Combine {
     pub(crate) fn new(rounding: Rounding, rows: usize, hidden: usize) -> Self {
-        let zeros = vec![0.0; rows * hidden];
-        Self {
-            rounding,
-            hidden,
-            exact: zeros.clone(),
-            want: zeros.clone(),
-            bound: zeros.clone(),
-            magnitude: zeros,
-            added: vec![0; rows],
-        }
+        let (of_ranks, of_nodes) = (Sums::new(rows, hidden), Sums::new(rows, hidden));
+        Self { rounding, hidden, ranks: 0, exact: vec![0.0; rows * hidden], of_ranks, of_nodes }
     }
 
-    /// Adds what one rank returns.
+    /// Adds what the next rank returns.
     pub(crate) fn add_rank(&mut self, outputs: &PairOutputs) {
         let hidden = self.hidden;
         let mut of_row: Vec<(usize, f64, &[Bounded])> = outputs
@@ -92,7 +115,7 @@ impl Combine {
             let row = slots[0].0;
             // A product with the weight and an addition for each slot.
             let roundings = slots.len() as f64 + 1.0;
-            self.added[row] += match self.rounding.returned {
+            self.of_ranks.added[row] += match self.rounding.returned {
                 Returned::PartialSums => 1,
                 Returned::ExpertOutputs => slots.len() as u32,
             };
@@ -110,41 +133,56 @@ impl Combine {
                         }
                         Returned::ExpertOutputs => {
                             let output = to_bf16(values[column]);
-                            let weighted = factor * output.value;
-                            self.add(at, weighted, factor.abs() * output.error);
+                            let (value, error) = (factor * output.value, factor.abs() * output.error);
                             // What was off is rounded at the size that it has then.
-                            let most = weighted.abs() + factor.abs() * output.error;
-                            self.bound[at] += (U + weight_error) * most;
+                            let error = error + (U + weight_error) * (value.abs() + error);
+                            self.of_ranks.add(at, Bounded { value, error });
                         }
                     }
                 }
                 if self.rounding.returned == Returned::PartialSums {
-                    let partial = to_bf16(partial);
-                    self.add(at, partial.value, partial.error);
+                    self.of_ranks.add(at, to_bf16(partial));
                 }
             }
         }
+        self.ranks += 1;
+        match self.rounding.partial_sums {
+            PartialSums::OfNodes { ranks_per_node } if self.ranks.is_multiple_of(ranks_per_node) => {
+                self.end_node();
+            }
+            _ => {}
+        }
     }
 
-    fn add(&mut self, at: usize, value: f64, error: f64) {
-        self.want[at] += value;
-        self.bound[at] += error;
-        self.magnitude[at] += value.abs();
+    /// Rounds the sums of the ranks of a node.
+    fn end_node(&mut self) {
+        let rows = self.of_ranks.added.len();
+        let of_ranks = std::mem::replace(&mut self.of_ranks, Sums::new(rows, self.hidden));
+        for row in (0..rows).filter(|&row| of_ranks.added[row] > 0) {
+            self.of_nodes.added[row] += 1;
+            for at in row * self.hidden..(row + 1) * self.hidden {
+                self.of_nodes.add(at, to_bf16(of_ranks.sum(at, row)));
+            }
+        }
     }
 
     /// The sums in the type of the output.
-    pub(crate) fn finish(mut self) -> Expected {
-        for (at, (want, bound)) in self.want.iter_mut().zip(&mut self.bound).enumerate() {
-            let additions = f64::from(self.added[at / self.hidden].saturating_sub(1));
-            *bound += additions * U * (self.magnitude[at] + *bound);
+    pub(crate) fn finish(self) -> Expected {
+        let sums = match self.rounding.partial_sums {
+            PartialSums::OfNodes { .. } => self.of_nodes,
+            _ => self.of_ranks,
+        };
+        let (mut want, mut bound) = (Vec::new(), Vec::new());
+        for at in 0..self.exact.len() {
+            let mut output = sums.sum(at, at / self.hidden);
             if self.rounding.output == DType::Bf16 {
-                let output = to_bf16(Bounded { value: *want, error: *bound });
-                (*want, *bound) = (output.value, output.error);
+                output = to_bf16(output);
             }
+            want.push(output.value);
             // Where nothing is left to chance the bound is nothing; errors are easier to read in units of something.
-            *bound = bound.max(U * want.abs());
+            bound.push(output.error.max(U * output.value.abs()));
         }
-        Expected { exact: self.exact, want: self.want, bound: self.bound }
+        Expected { exact: self.exact, want, bound }
     }
 }
 
@@ -155,7 +193,7 @@ mod tests {
     use super::*;
 
     fn expected(returned: Returned, output: DType, error: f64) -> Expected {
-        let rounding = Rounding { returned, output, routes: false };
+        let rounding = Rounding { returned, partial_sums: PartialSums::None, output, routes: false };
         let mut combine = Combine::new(rounding, 2, 1);
         let value = |value| Bounded { value, error };
         // 1 + 2⁻⁹ is no bf16, nor is three quarters of it.
@@ -172,7 +210,8 @@ mod tests {
     #[test]
     fn roundings_are_those_of_the_value_that_is_off() {
         for returned in [Returned::PartialSums, Returned::ExpertOutputs] {
-            let rounding = Rounding { returned, output: DType::F32, routes: false };
+            let (output, partial_sums) = (DType::F32, PartialSums::None);
+            let rounding = Rounding { returned, partial_sums, output, routes: false };
             let mut combine = Combine::new(rounding, 1, 1);
             let far = Bounded { value: 0.125, error: 8.0 };
             combine.add_rank(&PairOutputs { pairs: vec![(0, 0.7)], values: vec![far] });
@@ -202,5 +241,31 @@ mod tests {
         assert!((2f64.powi(-7)..2f64.powi(-5)).contains(&step), "{step}");
         let narrow = expected(Returned::PartialSums, DType::Bf16, 1e-9);
         assert_eq!((narrow.want[1], narrow.bound[1]), (3.0, 3.0 * U));
+    }
+
+    /// Three ranks return 1, 2⁻⁸ and 2⁻⁸: each is a bf16, and what of them is lost depends on where nodes end.
+    #[test]
+    fn sums_of_nodes_are_rounded_where_nodes_end() {
+        let sum = |partial_sums| {
+            let (returned, output) = (Returned::PartialSums, DType::F32);
+            let mut combine = Combine::new(Rounding { returned, partial_sums, output, routes: false }, 1, 1);
+            for value in [1.0, 2f64.powi(-8), 2f64.powi(-8), 0.0] {
+                let values = vec![Bounded { value, error: 0.0 }];
+                combine.add_rank(&PairOutputs { pairs: vec![(0, 1.0)], values });
+            }
+            combine.finish()
+        };
+        let exact = 1.0 + 2f64.powi(-7);
+        let of_nodes = |ranks_per_node| sum(PartialSums::OfNodes { ranks_per_node });
+        for (expected, want) in [
+            (sum(PartialSums::None), exact),
+            (of_nodes(4), exact),
+            // 1 + 2⁻⁸ is half way between two bf16 and goes to the even one.
+            (of_nodes(2), 1.0 + 2f64.powi(-8)),
+            (of_nodes(1), exact),
+        ] {
+            assert_eq!((expected.exact[0], expected.want[0]), (exact, want));
+            assert!(expected.bound[0] < 1e-6, "{}", expected.bound[0]);
+        }
     }
 }

@@ -1,8 +1,9 @@
 //! What stands for the experts: values that show who contributed what, and whose sums are exact.
 
-use fused_moe_core::{ExpertPlacement, Rank};
+use fused_moe_core::{ExpertPlacement, PartialSums, Rank};
 use half::bf16;
 
+use crate::bound::{Bounded, U, to_bf16};
 use crate::case::RankInput;
 use crate::wire::WireRow;
 
@@ -60,10 +61,12 @@ pub(super) fn batched(row: &WireRow, (expert, owner): (u32, Rank), values: Value
     }
 }
 
-/// What combine must give for the tokens of one rank: the sum and the sum of magnitudes, `[tokens, hidden]`.
+/// What combine must give for the tokens of one rank: the sum, the sum of magnitudes, and how far off a right backend
+/// may be because it rounds on the way, `[tokens, hidden]`.
 pub(super) struct Expected {
     pub(super) sums: Vec<f64>,
     pub(super) magnitudes: Vec<f64>,
+    pub(super) bounds: Vec<f64>,
 }
 
 impl Expected {
@@ -71,34 +74,53 @@ impl Expected {
     pub(super) fn new(
         rows: &[WireRow],
         (placement, input, weighted): (&ExpertPlacement, &RankInput, bool),
-        values: Values,
+        (values, partial_sums): (Values, PartialSums),
         hidden: usize,
     ) -> Self {
-        let mut expected =
-            Self { sums: vec![0.0; rows.len() * hidden], magnitudes: vec![0.0; rows.len() * hidden] };
+        let zeros = vec![0.0; rows.len() * hidden];
+        let mut expected = Self { sums: zeros.clone(), magnitudes: zeros.clone(), bounds: zeros };
+        let exactly = |value| Bounded { value, error: 0.0 };
+        let mut node = vec![Bounded::default(); hidden];
         let mut partial_row = vec![bf16::ZERO; hidden];
         let top_k = input.ids.len() / rows.len().max(1);
         for (token, row) in rows.iter().enumerate() {
-            let mut add = |contribution: &[bf16], weight: f64| {
-                for (column, x) in contribution.iter().enumerate() {
-                    let x = weight * x.to_f64();
-                    expected.sums[token * hidden + column] += x;
-                    expected.magnitudes[token * hidden + column] += x.abs();
-                }
-            };
+            let at = token * hidden;
             if weighted {
                 for slot in token * top_k..(token + 1) * top_k {
                     let Some(owner) = placement.rank_of_slot(input.ids[slot]) else { continue };
                     batched(row, (input.ids[slot] as u32, owner), values, &mut partial_row);
-                    add(&partial_row, f64::from(input.weights[slot]));
+                    let weight = f64::from(input.weights[slot]);
+                    expected.add(at, partial_row.iter().map(|x| exactly(weight * x.to_f64())));
                 }
-            } else {
-                for rank in (0..placement.ep_size() as u32).map(Rank) {
-                    partial(row, (placement, rank), values, &mut partial_row);
-                    add(&partial_row, 1.0);
+                continue;
+            }
+            for rank in (0..placement.ep_size() as u32).map(Rank) {
+                partial(row, (placement, rank), values, &mut partial_row);
+                let PartialSums::OfNodes { ranks_per_node } = partial_sums else {
+                    expected.add(at, partial_row.iter().map(|x| exactly(x.to_f64())));
+                    continue;
+                };
+                for (sum, x) in node.iter_mut().zip(&partial_row) {
+                    sum.value += x.to_f64();
+                    // Exact values are exact in f32, in whatever order they are added.
+                    if values == Values::Rounded {
+                        sum.error += ranks_per_node as f64 * U * x.to_f64().abs();
+                    }
+                }
+                if (rank.index() + 1).is_multiple_of(ranks_per_node) {
+                    expected.add(at, node.iter_mut().map(|sum| to_bf16(std::mem::take(sum))));
                 }
             }
         }
         expected
+    }
+
+    /// Adds a term to each of the elements from `at` on.
+    fn add(&mut self, at: usize, terms: impl Iterator<Item = Bounded>) {
+        for (at, Bounded { value, error }) in (at..).zip(terms) {
+            self.sums[at] += value;
+            self.magnitudes[at] += value.abs();
+            self.bounds[at] += error;
+        }
     }
 }
