@@ -119,7 +119,6 @@ fn a_plan_costs_every_pair_that_fits(#[values(1, 8)] ranks: usize) {
 
 #[rstest]
 #[case("--all2all mori", &["mori_high_throughput", "mori_low_latency"])]
-#[case("--ep-size 8 --gpus-per-node 4", &["mori_high_throughput", "parallelism"])]
 #[case("--max-tokens 18446744073709551615", &["tokens"])]
 #[case("--ep-size 8 --max-tokens 4611686018427387904", &["tokens"])]
 #[case("--ep-size 99999999", &["--ep-size"])]

@@ -2,8 +2,10 @@
 
 use std::ptr::NonNull;
 
-use ep_transport::{Heap, HeapLayout, Result, RowCursor, StatusBoard, SymOffset};
+use ep_transport::{Heap, HeapLayout, Result, RowCursor, StatusBoard, SymOffset, SymWord};
 use fused_moe_core::{Layout, MoeConfig, Plan, Rank};
+
+use crate::record::Fields;
 
 /// A region of rows of equal size.
 #[derive(Clone, Copy, Debug)]
@@ -17,24 +19,25 @@ impl Region {
     fn reserve(layout: &mut HeapLayout, row_bytes: usize, rows: usize) -> Self {
         Self { start: layout.region(row_bytes * rows), row_bytes, rows }
     }
+
+    pub fn row_bytes(&self) -> usize {
+        self.row_bytes
+    }
+
+    /// Where row `index` starts.
+    pub fn row(&self, index: usize) -> SymOffset {
+        self.start + index * self.row_bytes
+    }
 }
 
-/// Regions and signals of an IntraNode handle. `rows` is `world_size · max_tokens_per_rank`, so that the worst case
-/// (every token of every rank comes here) always fits.
+/// Regions and signals of a handle. `rows` is `world_size · max_tokens_per_rank`, so that the worst case (every token
+/// of every rank comes here) always fits.
 #[derive(Clone, Debug)]
 pub(crate) struct Buffers {
     layout: HeapLayout,
-    /// `[rows, hidden]` in the wire's payload type.
-    pub payload: Region,
-    /// `[rows, scales_per_token]`; no bytes without scales.
-    pub scales: Region,
-    /// `[rows, top_k]` i32 global expert ids.
-    pub ids: Region,
-    /// `[rows, top_k]` f32.
-    pub weights: Region,
-    /// `[rows]` u32: `source rank · max_tokens_per_rank + token`.
-    pub source: Region,
-    /// `[rows, hidden]` in the configuration's type: the experts' output, read by the tokens' owners.
+    /// `[rows]` of each field: the tokens that this rank's experts read.
+    pub received: Fields<Region>,
+    /// `[rows, hidden]` in the configuration's type: the experts' output, read by the ranks of the node.
     pub expert_out: Region,
     /// Next free row.
     pub cursor: RowCursor,
@@ -42,24 +45,22 @@ pub(crate) struct Buffers {
     pub dispatched: StatusBoard,
     /// Whose expert outputs are ready.
     pub ready: StatusBoard,
+    /// What several nodes need.
+    pub rails: Option<RailBuffers>,
 }
 
 impl Buffers {
     pub fn new(config: &MoeConfig, plan: &Plan) -> Self {
         let mut layout = HeapLayout::default();
-        let rows = config.ep_size() * config.max_tokens_per_rank;
-        let wire = plan.wire();
-        let mut region = |row_bytes| Region::reserve(&mut layout, row_bytes, rows);
-        let payload = region(wire.payload_bytes(config.hidden));
-        let scales = region(wire.scale_bytes(config.hidden));
-        let ids = region(config.top_k * size_of::<i32>());
-        let weights = region(config.top_k * size_of::<f32>());
-        let source = region(size_of::<u32>());
-        let expert_out = region(config.hidden * config.in_dtype.size_bytes());
+        let ranks = config.ep_size();
+        let rows = ranks * config.max_tokens_per_rank;
+        let received = Fields::of_plan(config, plan).map(|bytes| Region::reserve(&mut layout, bytes, rows));
+        let expert_out = Region::reserve(&mut layout, output_bytes(config), rows);
         let cursor = RowCursor::reserve(&mut layout);
-        let dispatched = StatusBoard::reserve(&mut layout, config.ep_size());
-        let ready = StatusBoard::reserve(&mut layout, config.ep_size());
-        Self { layout, payload, scales, ids, weights, source, expert_out, cursor, dispatched, ready }
+        let dispatched = StatusBoard::reserve(&mut layout, ranks);
+        let ready = StatusBoard::reserve(&mut layout, ranks);
+        let rails = (!config.is_single_node()).then(|| RailBuffers::reserve(&mut layout, config, plan));
+        Self { layout, received, expert_out, cursor, dispatched, ready, rails }
     }
 
     pub fn layout(&self) -> &HeapLayout {
@@ -69,15 +70,76 @@ impl Buffers {
     pub fn required_bytes(&self) -> usize {
         self.layout.size().required_bytes()
     }
+}
 
-    /// Bytes that one copy of a token moves in dispatch.
-    pub fn dispatch_row_bytes(&self) -> usize {
-        [self.payload, self.scales, self.ids, self.weights, self.source].iter().map(|r| r.row_bytes).sum()
+/// Bytes of an output row on its way back.
+pub(crate) fn output_bytes(config: &MoeConfig) -> usize {
+    config.hidden * config.in_dtype.size_bytes()
+}
+
+/// Tokens that travel between nodes in one put.
+pub(crate) const CHUNK: usize = 64;
+
+/// Regions and signals of a rank for its proxies: a window for each of the other nodes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RailBuffers {
+    /// `[2 parities of the round, windows, max_tokens_per_rank]` records, from the rank in this one's place on the
+    /// window's node.
+    pub inbox: Region,
+    /// `[windows, max_tokens_per_rank]` output rows of this rank's own tokens, summed over the window's node.
+    pub returned: Region,
+    /// Whose part of forwarding is done, with the number of rows forwarded to this rank.
+    pub forwarded: StatusBoard,
+    /// `[2 parities, windows, chunks]`: see [`crate::rails`].
+    arrived: SymWord,
+    /// `[windows, chunks]`: the round whose outputs are in the chunk.
+    back: SymWord,
+    windows: usize,
+    /// Rows of a window.
+    pub rows: usize,
+    chunks: usize,
+}
+
+impl RailBuffers {
+    fn reserve(layout: &mut HeapLayout, config: &MoeConfig, plan: &Plan) -> Self {
+        let windows = config.ep_size() / config.ranks_per_node - 1;
+        let rows = config.max_tokens_per_rank;
+        let chunks = rows.div_ceil(CHUNK);
+        let record = Fields::of_plan(config, plan).record_bytes();
+        Self {
+            inbox: Region::reserve(layout, record, 2 * windows * rows),
+            returned: Region::reserve(layout, output_bytes(config), windows * rows),
+            forwarded: StatusBoard::reserve(layout, config.ep_size()),
+            arrived: layout.words(2 * windows * chunks),
+            back: layout.words(windows * chunks),
+            windows,
+            rows,
+            chunks,
+        }
     }
 
-    /// Bytes that one output row moves in combine.
-    pub fn combine_row_bytes(&self) -> usize {
-        self.expert_out.row_bytes
+    fn parity_window(&self, round: u64, window: usize) -> usize {
+        (round % 2) as usize * self.windows + window
+    }
+
+    /// First row of a window of the inbox.
+    pub fn inbox_row(&self, round: u64, window: usize) -> usize {
+        self.parity_window(round, window) * self.rows
+    }
+
+    /// The flag of a chunk of the inbox.
+    pub fn arrived(&self, round: u64, window: usize, chunk: usize) -> SymWord {
+        self.arrived + self.parity_window(round, window) * self.chunks + chunk
+    }
+
+    /// First row of a window of the returned outputs.
+    pub fn returned_row(&self, window: usize) -> usize {
+        window * self.rows
+    }
+
+    /// The flag of a chunk of the returned outputs.
+    pub fn back(&self, window: usize, chunk: usize) -> SymWord {
+        self.back + window * self.chunks + chunk
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! [`MoriBackend::HighThroughput`] and [`MoriBackend::LowLatency`] are the two names that engines know
 //! (`mori_high_throughput`, `mori_low_latency`). Which kernel a name runs follows from the topology
-//! ([`KernelType`]): inside a node both run *IntraNode*.
+//! ([`KernelType`]): inside a node both run *IntraNode*, between nodes *InterNodeV1* and *InterNodeV1LL*.
 //!
 //! IntraNode, on rank `r`, for each of its tokens:
 //!
@@ -13,6 +13,13 @@
 //!
 //! Combine reads the experts' output rows where they are, in slot order, sums in f32 and rounds once. It applies
 //! no routing weight: the experts already weighted and reduced what a rank computed for a token.
+//!
+//! InterNodeV1 has a second hop. Between nodes a token travels once per node that it visits, to the *proxy*, the rank
+//! in the same place of that node, in chunks of 64 that are one put with a signal each. The proxy hands it on inside
+//! the node as IntraNode would. In combine the proxy sums what its node computed for the token, rounds the sum to bf16
+//! and puts it back; the token's rank adds the sums of all nodes, its own rounded likewise, in node order. This needs
+//! nothing between nodes but puts and signals. InterNodeV1LL does the same with whole windows of 64 tokens, whichever
+//! nodes they visit. A padding id of −1 goes nowhere in any of them.
 //!
 //! ```
 //! use ep_transport::{ThreadOptions, run_ranks};
@@ -36,13 +43,20 @@
 //! # Ok::<(), ep_transport::TransportError>(())
 //! ```
 //!
-//! Not here: InterNodeV1 and InterNodeV1LL (a group over several nodes is refused), monolithic layers, quantised
-//! combine.
+//! Not here: monolithic layers, quantised combine. Nodes of different sizes are refused.
 
-mod buffers;
-mod intranode;
 mod kernel_type;
 mod provider;
 mod traffic;
+
+mod handle;
+mod kernel;
+
+mod nodes;
+mod record;
+
+mod buffers;
+mod node;
+mod rails;
 
 pub use kernel_type::{KernelType, MoriBackend};

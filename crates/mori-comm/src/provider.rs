@@ -2,12 +2,13 @@
 
 use ep_transport::transport_of;
 use fused_moe_core::{
-    Axis, CommTraffic, DType, DeviceKind, Error, KernelKind, MoeConfig, Plan, PrepareCaps, PrepareFinalize,
-    PrepareFinalizeProvider, ProcessGroup, Result, Stage, Support, Unsupported, WireBytes, WireFormat,
+    Axis, CommTraffic, DType, DeviceKind, Error, KernelKind, MoeConfig, PartialSums, Plan, PrepareCaps,
+    PrepareFinalize, PrepareFinalizeProvider, ProcessGroup, Result, Stage, Support, Unsupported, WireBytes,
+    WireFormat,
 };
 
 use crate::buffers::Buffers;
-use crate::intranode::IntraNode;
+use crate::handle::Handle;
 use crate::kernel_type::{KernelType, MoriBackend};
 use crate::traffic::traffic;
 
@@ -19,10 +20,15 @@ impl PrepareFinalizeProvider for MoriBackend {
     fn supports(&self, config: &MoeConfig, kind: KernelKind) -> Support<PrepareCaps> {
         let mut why = Vec::new();
         let kernel = KernelType::select(*self, config);
-        if kernel != KernelType::IntraNode {
-            let wanted = format!("{} ranks on nodes of {}", config.ep_size(), config.ranks_per_node);
-            let found = format!("one node ({} is not there yet)", kernel.name());
-            why.push(Unsupported::new(Axis::Parallel, wanted, found));
+        let (ranks, per_node) = (config.ep_size(), config.ranks_per_node);
+        if kernel != KernelType::IntraNode && !ranks.is_multiple_of(per_node) {
+            // Every rank has a proxy in its place of every other node.
+            let wanted = format!("nodes of one size ({})", kernel.name());
+            why.push(Unsupported::new(
+                Axis::Parallel,
+                wanted,
+                format!("{ranks} ranks on nodes of {per_node}"),
+            ));
         }
         if kind != KernelKind::Modular {
             why.push(Unsupported::new(Axis::KernelKind, kind.name(), KernelKind::Modular.name()));
@@ -37,7 +43,7 @@ impl PrepareFinalizeProvider for MoriBackend {
     }
 
     fn required_bytes(&self, config: &MoeConfig, plan: &Plan) -> usize {
-        Buffers::new(config, plan).required_bytes() + IntraNode::local_bytes(config, plan)
+        Buffers::new(config, plan).required_bytes() + Handle::local_bytes(config, plan)
     }
 
     fn wire_bytes_per_token(&self, config: &MoeConfig, plan: &Plan) -> WireBytes {
@@ -57,7 +63,14 @@ impl PrepareFinalizeProvider for MoriBackend {
             let (ranks, wanted) = (transport.world_size(), config.ep_size());
             return Err(contract(format!("the transport has {ranks} ranks, the placement {wanted}")));
         }
-        let handle = IntraNode::new(caps(*self, config), config, plan, transport)?;
+        if !transport.ranks_per_node().is_multiple_of(config.ranks_per_node.min(config.ep_size())) {
+            let (real, wanted) = (transport.ranks_per_node(), config.ranks_per_node);
+            return Err(contract(format!(
+                "the transport has nodes of {real} ranks, the configuration of {wanted}"
+            )));
+        }
+        let kernel = KernelType::select(*self, config);
+        let handle = Handle::new(kernel, caps(*self, config), (config, plan), transport)?;
         Ok(PrepareFinalize::Modular(Box::new(handle)))
     }
 }
@@ -72,5 +85,8 @@ fn caps(backend: MoriBackend, config: &MoeConfig) -> PrepareCaps {
     let mut caps = PrepareCaps::host(MoriBackend::name(backend), KernelKind::Modular, wires, max_rows);
     caps.weight_on_input = true;
     caps.in_place_output = true;
+    if !config.is_single_node() {
+        caps.partial_sums = PartialSums::OfNodes { ranks_per_node: config.ranks_per_node };
+    }
     caps
 }

@@ -1,0 +1,238 @@
+//! One node: rows on its ranks, reserved by atomic adds, written and read in place.
+//!
+//! # Who may touch which bytes when
+//! - *Received rows* of rank `p` are written by the ranks of its node, each row by the rank that reserved it, before
+//!   that rank's last status of the dispatch. `p` reads them between having seen these statuses and posting that its
+//!   outputs are ready. They are written again only in the next round, which a rank enters when it has seen that the
+//!   outputs of all ranks are ready, or a fault in the dispatch; then `p` has seen it too and reads nothing.
+//! - *Outputs* of `p` are written by `p` alone before it posts that they are ready. The ranks of its node read them
+//!   then, before they post their dispatch status of the next round, for which `p` waits before it writes again.
+
+use std::sync::Arc;
+
+use ep_transport::{Heap, RowCursor, TransportError};
+use fused_moe_core::{
+    Arrived, DType, Dispatched, Error, MoeConfig, Plan, Rank, ReceivedRows, Result, Source, Stage,
+    TensorView, TensorViewMut, TopK, ViewError,
+};
+use half::bf16;
+
+use crate::buffers::{Buffers, Rows};
+use crate::nodes::{Destinations, Nodes};
+use crate::record::Fields;
+
+/// Where a copy of a token lies on this node: the place of the rank, and its row there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RowOn {
+    place: u32,
+    row: u32,
+}
+
+impl RowOn {
+    /// What a top-k slot without a copy has: padding, another node, or a rank that an earlier slot already named.
+    pub const NOWHERE: Self = Self { place: u32::MAX, row: u32::MAX };
+}
+
+/// The regions of one rank, mapped.
+#[derive(Clone, Copy, Debug)]
+struct Peer {
+    received: Fields<Rows>,
+    expert_out: Rows,
+}
+
+/// How many rows of a rank this one has to do with in a round.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tally {
+    /// Found, not yet reserved.
+    found: u32,
+    /// The next reserved row to write.
+    next: u32,
+    /// Written and not yet announced.
+    fresh: u32,
+    /// Written.
+    written: u32,
+}
+
+/// The memory of this rank's node.
+pub(crate) struct Node {
+    nodes: Nodes,
+    heap: Arc<dyn Heap>,
+    cursor: RowCursor,
+    peers: Vec<Peer>,
+    tallies: Vec<Tally>,
+    row_bytes: usize,
+    output_bytes: usize,
+    payload_dtype: DType,
+    wire_has_scales: bool,
+}
+
+impl Node {
+    pub fn new(
+        (config, plan): (&MoeConfig, &Plan),
+        nodes: Nodes,
+        buffers: &Buffers,
+        heap: Arc<dyn Heap>,
+    ) -> Result<Self> {
+        let failed = |error: TransportError| error.into_core(Stage::QuantizeDispatch, plan.comm(), 0);
+        let map = |rank: Rank, region| -> Result<Rows> {
+            let out_of_reach = || {
+                let why = format!("the memory of {rank} is out of reach");
+                Error::contract(Stage::QuantizeDispatch, plan.comm(), why)
+            };
+            Rows::map(&*heap, rank, region).map_err(failed)?.ok_or_else(out_of_reach)
+        };
+        let peer = |rank| {
+            let received = buffers.received.try_map(|region| map(rank, region))?;
+            Ok(Peer { received, expert_out: map(rank, buffers.expert_out)? })
+        };
+        let peers = nodes.peers().map(peer).collect::<Result<Vec<_>>>()?;
+        Ok(Self {
+            tallies: vec![Tally::default(); peers.len()],
+            cursor: buffers.cursor,
+            row_bytes: Fields::of_plan(config, plan).record_bytes(),
+            output_bytes: buffers.expert_out.row_bytes(),
+            payload_dtype: plan.wire().payload,
+            wire_has_scales: plan.wire().scale.is_some(),
+            peers,
+            nodes,
+            heap,
+        })
+    }
+
+    /// Bytes of this rank's own bookkeeping.
+    pub fn local_bytes(config: &MoeConfig) -> usize {
+        Nodes::new(config, Rank(0)).ranks_per_node() * size_of::<Tally>()
+    }
+
+    /// What is allocated of it.
+    pub fn allocated_bytes(&self) -> usize {
+        self.tallies.len() * size_of::<Tally>()
+    }
+
+    /// Begins a round. All ranks of the node have posted their last status of the dispatch before this one, so nobody
+    /// takes rows of that round any more.
+    pub fn begin(&mut self, round: u64) -> ep_transport::Result<()> {
+        self.tallies.fill(Tally::default());
+        self.cursor.rearm(&*self.heap, round)
+    }
+
+    /// Finds the ranks of this node that a token goes to. `rows` has a row for each slot.
+    pub fn find(&mut self, destinations: &Destinations, ids: &[i32], rows: &mut [RowOn]) {
+        for (slot, on) in rows.iter_mut().enumerate() {
+            *on = RowOn::NOWHERE;
+            if let Some(place) = destinations.local(ids, slot) {
+                self.tallies[place].found += 1;
+                // The row is known when it is written.
+                on.place = place as u32;
+            }
+        }
+    }
+
+    /// Reserves rows for all tokens found since the last time: one atomic add per rank.
+    pub fn reserve(&mut self, round: u64) -> ep_transport::Result<()> {
+        for (rank, tally) in self.nodes.peers().zip(&mut self.tallies).filter(|(_, tally)| tally.found > 0) {
+            tally.next = self.cursor.take(&*self.heap, rank, round, u64::from(tally.found))? as u32;
+            tally.found = 0;
+        }
+        Ok(())
+    }
+
+    /// Writes a token to the ranks that were found for it.
+    pub fn write(&mut self, token: Fields<&[u8]>, rows: &mut [RowOn]) {
+        for on in rows.iter_mut().filter(|on| on.place != RowOn::NOWHERE.place) {
+            let tally = &mut self.tallies[on.place as usize];
+            on.row = tally.next;
+            tally.next += 1;
+            tally.fresh += 1;
+            tally.written += 1;
+            let received = self.peers[on.place as usize].received.into_array();
+            for (to, from) in received.into_iter().zip(token.into_array()) {
+                // SAFETY: this rank has reserved the row in this round (see the head of the file); the heap is owned
+                // by `self`.
+                unsafe { to.row_mut(on.row as usize) }.copy_from_slice(from);
+            }
+        }
+    }
+
+    /// Rows written to `rank` since the last announcement; none if it is on another node.
+    pub fn fresh(&self, rank: Rank) -> u64 {
+        match self.nodes.node_of(rank) == self.nodes.mine() {
+            true => u64::from(self.tallies[rank.index() % self.nodes.ranks_per_node()].fresh),
+            false => 0,
+        }
+    }
+
+    /// Counts the fresh rows as moved and announced.
+    pub fn announced(&mut self) {
+        for (rank, tally) in self.nodes.peers().zip(&mut self.tallies).filter(|(_, tally)| tally.fresh > 0) {
+            self.heap.count_direct(rank, tally.fresh as usize * self.row_bytes);
+            tally.fresh = 0;
+        }
+    }
+
+    /// Adds the outputs of `rows` to `sum`, slot by slot.
+    pub fn add_outputs(&self, rows: &[RowOn], sum: &mut [f32]) {
+        for on in rows.iter().filter(|on| **on != RowOn::NOWHERE) {
+            let peer = &self.peers[on.place as usize];
+            // SAFETY: the owner of the row has posted that its outputs are ready and writes them again only after
+            // this rank's next dispatch status; any bytes are a bf16.
+            let values = unsafe { peer.expert_out.row_as::<bf16>(on.row as usize) };
+            sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value.to_f32());
+        }
+    }
+
+    /// Counts the outputs of all rows written in this round as read.
+    pub fn outputs_read(&self) {
+        for (rank, tally) in self.nodes.peers().zip(&self.tallies).filter(|(_, tally)| tally.written > 0) {
+            self.heap.count_direct(rank, tally.written as usize * self.output_bytes);
+        }
+    }
+
+    fn mine(&self) -> &Peer {
+        &self.peers[self.nodes.place()]
+    }
+
+    /// Views of this rank's received rows, of which the first `count` are valid.
+    pub fn received<'a>(&'a self, count: &'a [i32; 1]) -> Result<Dispatched<'a>, ViewError> {
+        let Peer { received, expert_out } = self.mine();
+        let view = |rows: &Rows, dtype| {
+            // SAFETY: the writers of this round have posted their statuses and those of the next wait for this
+            // rank's; `&self` keeps the heap alive and this rank from posting it.
+            unsafe { TensorView::from_allocation(rows.allocation(dtype), rows.tensor_layout(dtype)) }
+        };
+        // SAFETY: this rank alone writes its expert outputs, and its peers read them after its status; the view
+        // borrows `self`, and that status is posted after it.
+        let output = unsafe {
+            let dtype = DType::Bf16;
+            TensorViewMut::from_allocation(expert_out.allocation(dtype), expert_out.tensor_layout(dtype))?
+        };
+        let topk =
+            TopK { ids: view(&received.ids, DType::I32)?, weights: view(&received.weights, DType::F32)? };
+        Ok(Dispatched {
+            hidden: view(&received.payload, self.payload_dtype)?,
+            scale: self.wire_has_scales.then(|| view(&received.scales, DType::F32)).transpose()?,
+            arrived: Arrived::Standard {
+                topk,
+                rows: ReceivedRows(TensorView::from_slice(count, DType::I32, &[1])?),
+            },
+            output: Some(output),
+        })
+    }
+
+    /// Copies the first `count` expert outputs, which the caller lent, into the region that peers read.
+    pub fn take_lent(&mut self, lent: TensorView<'_>, count: usize) -> Result<(), Source> {
+        let expert_out = self.mine().expert_out;
+        let layout = expert_out.tensor_layout(DType::Bf16);
+        if lent.dims() != layout.dims() || lent.dtype() != DType::Bf16 {
+            let (dims, dtype, wanted) = (lent.dims(), lent.dtype(), layout.dims());
+            return Err(format!("expert output is {dims:?} of {dtype}, needs {wanted:?} of bf16").into());
+        }
+        for row in 0..count {
+            let from = lent.row_bytes(row)?;
+            // SAFETY: as for the output view in `received`; the lent tensor is not this region, which the caller
+            // could only have borrowed from `self`.
+            unsafe { expert_out.row_mut(row).copy_from_slice(from) };
+        }
+        Ok(())
+    }
+}
