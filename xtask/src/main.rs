@@ -5,6 +5,7 @@ mod fuzz;
 mod matrix;
 mod memory;
 mod new_backend;
+mod peers;
 mod repo;
 mod sanitizer;
 mod steps;
@@ -18,6 +19,7 @@ use clap::{Parser, Subcommand};
 use crate::fuzz::Fuzz;
 use crate::matrix::MatrixAction;
 use crate::new_backend::{BackendKind, NewBackend};
+use crate::peers::Peers;
 use crate::repo::Repo;
 
 #[derive(Parser)]
@@ -62,6 +64,11 @@ enum Task {
     Asan,
     /// A few tests of the same crates under valgrind's memcheck. Ends with 2 without valgrind.
     Valgrind,
+    /// Measurements beside other programs, for `benches/record`.
+    Bench {
+        #[command(subcommand)]
+        what: BenchTask,
+    },
     /// Makes a backend crate that compiles and refuses every configuration.
     NewBackend {
         /// Package name, as in `mori-comm`: lower case, digits, single hyphens, ending in the kind.
@@ -73,6 +80,13 @@ enum Task {
         #[arg(long)]
         path: Option<PathBuf>,
     },
+}
+
+#[derive(Subcommand)]
+enum BenchTask {
+    /// Experts on one rank beside torch, SGLang's CPU kernels and Rust matrix products, on the same calls. Installs torch
+    /// in target/peers, some gigabytes, and needs a C++ compiler.
+    Peers(Peers),
 }
 
 fn main() -> ExitCode {
@@ -88,6 +102,7 @@ fn main() -> ExitCode {
         }
         Task::Asan => memory::asan(&repo),
         Task::Valgrind => memory::valgrind(&repo),
+        Task::Bench { what: BenchTask::Peers(peers) } => peers::peers(&repo, &peers),
         Task::NewBackend { name, kind, path } => {
             new_backend::new_backend(&repo, &NewBackend { name, kind, path })
         }
