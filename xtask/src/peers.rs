@@ -29,11 +29,7 @@ pub struct Peers {
     #[arg(long, value_delimiter = ',', default_value = "none,fp8-block")]
     quant: Vec<String>,
     /// Peers of benches/peers/experts.py; none with an empty value.
-    #[arg(
-        long,
-        value_delimiter = ',',
-        default_value = "torch-loop,torch-grouped,sgl-bf16,sgl-fp8-w8a16"
-    )]
+    #[arg(long, value_delimiter = ',', default_value = "torch-loop,torch-grouped,sgl-bf16,sgl-fp8-w8a16")]
     kernels: Vec<String>,
     /// Rust peers of benches/peers/rust; none unless given.
     #[arg(long, value_delimiter = ',')]
@@ -103,7 +99,9 @@ pub fn peers(repo: &Repo, wanted: &Peers) -> Result<()> {
                 }
             }
             lines.extend(
-                sittings.into_iter().map(|((tokens, kernel), rows)| line(shape, threads, tokens, kernel, rows)),
+                sittings
+                    .into_iter()
+                    .map(|((tokens, kernel), rows)| line(shape, threads, tokens, kernel, rows)),
             );
         }
     }
@@ -232,7 +230,10 @@ impl Programs {
             let printed: Printed =
                 serde_json::from_str(&printed).with_context(|| format!("what {command:?} printed"))?;
             rows.extend(
-                printed.rows.into_iter().map(|row| Measured { kernel: format!("{whose}{}", row.kernel), ..row }),
+                printed
+                    .rows
+                    .into_iter()
+                    .map(|row| Measured { kernel: format!("{whose}{}", row.kernel), ..row }),
             );
             Ok(())
         };
@@ -262,13 +263,17 @@ mod tests {
 
     #[test]
     fn ours_and_theirs_are_read_alike() {
-        let ours = r#"{"rows": [{"scheme": "fp8-block", "tokens": 8, "median_ms": 2.0, "fraction_of_roof": 0.9}]}"#;
+        let ours =
+            r#"{"rows": [{"scheme": "fp8-block", "tokens": 8, "median_ms": 2.0, "fraction_of_roof": 0.9}]}"#;
         let theirs = r#"{"shape": "s", "rows": [{"kernel": "torch-loop", "tokens": 8, "median_ms": 3.0}]}"#;
         let rows: Vec<Measured> = [ours, theirs]
             .into_iter()
             .flat_map(|printed| serde_json::from_str::<Printed>(printed).unwrap().rows)
             .collect();
-        assert_eq!(rows.iter().map(|row| row.kernel.as_str()).collect::<Vec<_>>(), ["fp8-block", "torch-loop"]);
+        assert_eq!(
+            rows.iter().map(|row| row.kernel.as_str()).collect::<Vec<_>>(),
+            ["fp8-block", "torch-loop"]
+        );
         assert_eq!((rows[0].fraction_of_roof, rows[1].fraction_of_roof), (Some(0.9), None));
     }
 

@@ -246,6 +246,9 @@ pub struct BenchExpertsArgs {
     /// Quantisation schemes; all if not given.
     #[arg(long, value_enum, value_delimiter = ',')]
     pub quant: Vec<Quant>,
+    /// Ranks of this process that share the experts and the tokens; their calls are measured by wall time.
+    #[arg(long, default_value_t = 1)]
+    pub ep_size: usize,
     /// Threads; all cores if not given.
     #[arg(long)]
     pub threads: Option<std::num::NonZeroUsize>,

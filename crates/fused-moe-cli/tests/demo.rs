@@ -146,10 +146,10 @@ fn the_matrix_has_every_backend_in_three_forms() {
     fmoe(["matrix", "--json", "--markdown"]).failed(2, &["--json"]);
 }
 
-#[test]
-fn the_bench_measures_a_small_shape() {
+#[rstest]
+fn the_bench_measures_a_small_shape(#[values("1", "3")] ep_size: &str) {
     let args = ["bench", "experts", "--shape", "small", "--tokens", "4", "--reps", "1", "--quant", "none"];
-    let report = fmoe(args.into_iter().chain(["--json"])).succeeded().json();
+    let report = fmoe(args.into_iter().chain(["--ep-size", ep_size, "--json"])).succeeded().json();
     assert!(report["peak_gflops"].as_f64().unwrap() > 0.0, "{report}");
     let rows = report["rows"].as_array().unwrap();
     assert_eq!(rows.len(), 1);
@@ -160,6 +160,9 @@ fn the_bench_measures_a_small_shape() {
 #[rstest]
 #[case(&["--shape", "nowhere.toml"], "nowhere.toml")]
 #[case(&["--shape", "small", "--reps", "0"], "--reps 0")]
+#[case(&["--shape", "small", "--ep-size", "0"], "--ep-size 0")]
+#[case(&["--shape", "small", "--ep-size", "33"], "--ep-size 33: 32 experts")]
+#[case(&["--shape", "small", "--routing", "nowhere.json"], "nowhere.json")]
 #[case(&["--shape", "small", "--tokens", "0"], "0 tokens")]
 #[case(&["--shape", "small", "--tokens", "18446744073709551615"], "tokens")]
 #[case(&["--shape", "small", "--threads", "0"], "--threads")]

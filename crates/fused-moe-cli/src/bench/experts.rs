@@ -1,12 +1,15 @@
-//! `fmoe bench experts`: the experts of one rank, beside what this machine can do at most, in one process.
+//! `fmoe bench experts`: the experts of one rank, beside what this machine can do at most, in one process; or a layer
+//! whose experts and tokens are spread over several ranks of it.
 
 use std::num::NonZeroUsize;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
+use fused_moe::transport::{Endpoint, ThreadOptions, run_ranks};
 use fused_moe::{
-    Activation, Call, DType, DeviceKind, ExpertPlacement, FusedMoEKernel, MoeConfig, Overlap, QuantScheme,
-    Rank, Selection, SingleRank, Stream, TensorView, TensorViewMut, TopK,
+    Activation, Call, DType, DeviceKind, ExpertPlacement, FusedMoEKernel, MoeConfig, Overlap, ProcessGroup,
+    QuantScheme, Rank, Selection, Stream, TensorView, TensorViewMut, TopK,
 };
 use grouped_gemm::probe;
 use half::bf16;
@@ -17,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use super::calls::Calls;
 use super::clock::Clock;
 use crate::args::{BenchExpertsArgs, Quant};
+use crate::ep::share;
 use crate::exit::{Failure, OrFailure, refused};
 use crate::layer::scheme;
 use crate::report::{print, print_json};
@@ -81,6 +85,7 @@ impl Shape {
 #[derive(Serialize)]
 struct Report {
     shape: String,
+    ep_size: usize,
     threads: usize,
     clock: Clock,
     peak_gflops: f64,
@@ -122,6 +127,9 @@ struct Row {
 /// More threads than any machine has cores.
 const MAX_THREADS: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
 
+/// How long a rank waits for another, which may have a core to share with seven of them.
+const TIMEOUT: Duration = Duration::from_secs(600);
+
 /// Runs the command.
 pub fn run(args: &BenchExpertsArgs) -> Result<(), Failure> {
     let shape = Shape::named(&args.shape).or_refused()?;
@@ -141,6 +149,10 @@ pub fn run(args: &BenchExpertsArgs) -> Result<(), Failure> {
     };
     let tokens = if args.tokens.is_empty() { &shape.tokens } else { &args.tokens };
     shape.check(tokens).or_refused()?;
+    let ep_size = args.ep_size;
+    if ep_size == 0 || ep_size > shape.experts {
+        return refused(format!("--ep-size {ep_size}: {} experts are for 1 to as many ranks", shape.experts));
+    }
     let Shape { experts, top_k, .. } = shape;
     let calls = match &args.routing {
         Some(file) => Calls::read(file, experts, top_k).or_refused()?,
@@ -148,11 +160,11 @@ pub fn run(args: &BenchExpertsArgs) -> Result<(), Failure> {
     };
 
     let before = Roof::probe(threads);
-    let clock = Clock::for_threads(threads.get());
+    let clock = if ep_size == 1 { Clock::for_threads(threads.get()) } else { Clock::Wall };
     let mut measured = Vec::new();
     for quant in schemes {
         let most = calls.iter().map(|calls| calls.tokens).max().unwrap_or(1);
-        let bench = Bench::new(&shape, scheme(quant, QuantScheme::Unquantized), most).or_failed()?;
+        let bench = Bench::new(&shape, ep_size, scheme(quant, QuantScheme::Unquantized), most).or_failed()?;
         for calls in &calls {
             measured.push(bench.measure(calls, clock).or_failed()?);
         }
@@ -160,6 +172,7 @@ pub fn run(args: &BenchExpertsArgs) -> Result<(), Failure> {
     let roof = before.max(Roof::probe(threads));
     let report = Report {
         shape: shape.name.clone(),
+        ep_size,
         threads: threads.get(),
         clock,
         peak_gflops: roof.flops / 1e9,
@@ -170,13 +183,14 @@ pub fn run(args: &BenchExpertsArgs) -> Result<(), Failure> {
         return print_json(&report).or_failed();
     }
     print(format_args!(
-        "{}: hidden {}, intermediate {}, {} experts, top-{}; {} threads\n\
+        "{}: hidden {}, intermediate {}, {} experts, top-{}; {} ranks, {} threads\n\
          probes: {:.0} GFLOP/s bf16, {:.1} GB/s read; calls by {} time",
         shape.name,
         shape.hidden,
         shape.intermediate,
         shape.experts,
         shape.top_k,
+        ep_size,
         report.threads,
         report.peak_gflops,
         report.read_gbytes_per_s,
@@ -223,17 +237,18 @@ pub fn run(args: &BenchExpertsArgs) -> Result<(), Failure> {
 struct Bench<'s> {
     shape: &'s Shape,
     config: MoeConfig,
-    weights: fused_moe::ExpertWeights,
+    /// Of each rank.
+    weights: Vec<fused_moe::ExpertWeights>,
 }
 
 impl<'s> Bench<'s> {
-    fn new(shape: &'s Shape, quant: QuantScheme, max_tokens: usize) -> anyhow::Result<Self> {
+    fn new(shape: &'s Shape, ep_size: usize, quant: QuantScheme, max_tokens: usize) -> anyhow::Result<Self> {
         let Shape { hidden, intermediate, experts, top_k, .. } = *shape;
         let config = MoeConfig {
             hidden,
             intermediate,
             top_k,
-            max_tokens_per_rank: max_tokens,
+            max_tokens_per_rank: max_tokens.div_ceil(ep_size),
             in_dtype: DType::Bf16,
             quant,
             activation: Activation::Silu,
@@ -242,8 +257,8 @@ impl<'s> Bench<'s> {
             padding: Default::default(),
             redundant_experts: 0,
             routing: None,
-            placement: ExpertPlacement::linear(experts, 1)?,
-            ranks_per_node: 1,
+            placement: ExpertPlacement::linear(experts, ep_size)?,
+            ranks_per_node: ep_size,
             device: DeviceKind::Host,
         };
         // All experts hold the same values, each in memory of its own: what is timed does not depend on them.
@@ -262,43 +277,22 @@ impl<'s> Bench<'s> {
         let registry = fused_moe::default_backends();
         let plan = registry.survey(&config, Selection::default())?.fitting.into_iter().next();
         let plan = plan.ok_or_else(|| anyhow!("no backend runs {quant}"))?;
-        let weights =
-            registry.experts(plan.experts())?.pack(&config, Rank(0), &vec![expert.view()?; experts])?;
+        let provider = registry.experts(plan.experts())?;
+        let pack = |rank: u32| {
+            let local = config.placement.num_local_experts(Rank(rank));
+            provider.pack(&config, Rank(rank), &vec![expert.view()?; local]).map_err(anyhow::Error::from)
+        };
+        let weights = (0..ep_size as u32).map(pack).collect::<anyhow::Result<_>>()?;
         Ok(Self { shape, config, weights })
     }
 
     fn measure(&self, calls: &Calls, clock: Clock) -> anyhow::Result<Measured> {
         let Shape { hidden, intermediate, experts, top_k, .. } = *self.shape;
-        let tokens = calls.tokens;
-        let registry = fused_moe::default_backends();
-        let FusedMoEKernel::Modular(mut kernel) =
-            registry.build(&self.config, Selection::default(), &SingleRank)?
-        else {
-            return Err(anyhow!("the first backend is not modular"));
-        };
-        let mut random = Pcg64::seed_from_u64(tokens as u64);
-        let x: Vec<bf16> = (0..tokens * hidden).map(|_| bf16::from_f32(normal(&mut random))).collect();
-        let weights: Vec<f32> = (0..tokens * top_k).map(|_| random.random::<f32>() / top_k as f32).collect();
-        let mut out = vec![0f32; tokens * hidden];
-        let mut apply = |ids: &[i32]| -> anyhow::Result<f64> {
-            let call = Call {
-                stream: Stream::Host,
-                weights: &self.weights,
-                hidden: TensorView::from_slice(&x, DType::Bf16, &[tokens, hidden])?,
-                routing: TopK {
-                    ids: TensorView::from_slice(ids, DType::I32, &[tokens, top_k])?,
-                    weights: TensorView::from_slice(&weights, DType::F32, &[tokens, top_k])?,
-                },
-                overlap: Overlap::default(),
-                out: TensorViewMut::from_slice(&mut out, DType::F32, &[tokens, hidden])?,
-            };
-            let (took, done) = clock.time(|| kernel.apply(call));
-            done?;
-            Ok(took.as_secs_f64())
-        };
-        // One call to warm up, then the timed ones.
-        apply(&calls.ids[0])?;
-        let mut seconds = calls.ids.iter().map(|ids| apply(ids)).collect::<anyhow::Result<Vec<_>>>()?;
+        let (tokens, ep_size) = (calls.tokens, self.weights.len());
+        let options = ThreadOptions { timeout: TIMEOUT, ..ThreadOptions::default() };
+        let seconds = run_ranks(ep_size, options, |group| self.time_rank(&group, calls, clock))?;
+        // A rank waits for the others before and after each call, so all have the same times.
+        let mut seconds = seconds.into_iter().next().context("a group has a rank")??;
         seconds.sort_by(f64::total_cmp);
         let active = |ids: &Vec<i32>| ids.iter().collect::<std::collections::HashSet<_>>().len();
         let active = calls.ids.iter().map(active).sum::<usize>() as f64 / calls.ids.len() as f64;
@@ -307,8 +301,51 @@ impl<'s> Bench<'s> {
             tokens,
             seconds,
             flops: 6.0 * (hidden * intermediate * top_k * tokens) as f64,
-            bytes: self.weights.bytes() as f64 * active / experts as f64,
+            bytes: self.weights.iter().map(|weights| weights.bytes() as f64).sum::<f64>() * active
+                / experts as f64,
         })
+    }
+
+    /// The times of the calls on one rank, in seconds, each until all ranks have their output.
+    fn time_rank(&self, group: &Endpoint, calls: &Calls, clock: Clock) -> anyhow::Result<Vec<f64>> {
+        let Shape { hidden, top_k, .. } = *self.shape;
+        let (transport, rank) = (group.transport(), group.rank());
+        let part = share(calls.tokens, self.weights.len(), rank);
+        let tokens = part.len();
+        let registry = fused_moe::default_backends();
+        let FusedMoEKernel::Modular(mut kernel) =
+            registry.build(&self.config, Selection::default(), group)?
+        else {
+            return Err(anyhow!("the first backend is not modular"));
+        };
+        let mut random = Pcg64::seed_from_u64(u64::from(rank.0) << 32 | tokens as u64);
+        let x: Vec<bf16> = (0..tokens * hidden).map(|_| bf16::from_f32(normal(&mut random))).collect();
+        let weights: Vec<f32> = (0..tokens * top_k).map(|_| random.random::<f32>() / top_k as f32).collect();
+        let mut out = vec![0f32; tokens * hidden];
+        let mut apply = |ids: &[i32]| -> anyhow::Result<f64> {
+            let ids = &ids[part.start * top_k..part.end * top_k];
+            let call = Call {
+                stream: Stream::Host,
+                weights: &self.weights[rank.index()],
+                hidden: TensorView::from_slice(&x, DType::Bf16, &[tokens, hidden])?,
+                routing: TopK {
+                    ids: TensorView::from_slice(ids, DType::I32, &[tokens, top_k])?,
+                    weights: TensorView::from_slice(&weights, DType::F32, &[tokens, top_k])?,
+                },
+                overlap: Overlap::default(),
+                out: TensorViewMut::from_slice(&mut out, DType::F32, &[tokens, hidden])?,
+            };
+            transport.barrier(transport.deadline())?;
+            let (took, done) = clock.time(|| {
+                kernel.apply(call)?;
+                transport.barrier(transport.deadline()).map_err(anyhow::Error::from)
+            });
+            done?;
+            Ok(took.as_secs_f64())
+        };
+        // One call to warm up, then the timed ones.
+        apply(&calls.ids[0])?;
+        calls.ids.iter().map(|ids| apply(ids)).collect()
     }
 }
 
