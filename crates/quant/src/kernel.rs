@@ -18,6 +18,10 @@ pub(crate) mod portable;
 /// No vector is wider than this.
 const MAX_LANES: usize = 16;
 
+/// Elements of bf16 in a cache line.
+#[cfg(target_arch = "x86_64")]
+const LINE: usize = 32;
+
 /// A vector of f32.
 ///
 /// # Safety
@@ -35,6 +39,10 @@ pub trait Lanes: Copy {
     unsafe fn load_bf16(src: *const bf16) -> Self;
     /// Product with `factor`.
     unsafe fn mul(self, factor: f32) -> Self;
+    /// Fetches the lines of `N` vectors of bf16 from `src` on into the caches, if it can.
+    unsafe fn prefetch<const N: usize>(_src: *const bf16) {}
+    /// Sum with `other`.
+    unsafe fn add(self, other: Self) -> Self;
     /// Rounds to bf16 (nearest, ties to even; NaN stays NaN) and widens again.
     unsafe fn round_to_bf16(self) -> Self;
     /// Magnitudes, with zero in place of NaN and infinity.
@@ -43,6 +51,10 @@ pub trait Lanes: Copy {
     unsafe fn max(self, other: Self) -> Self;
     /// Largest element; none may be NaN.
     unsafe fn reduce_max(self) -> f32;
+    /// Writes `LANES` elements at `dst`, which need not be aligned to more than its type.
+    unsafe fn store_f32(self, dst: *mut f32);
+    /// Rounds as [`Lanes::round_to_bf16`] and writes `LANES` elements at `dst`.
+    unsafe fn store_bf16(self, dst: *mut bf16);
     /// Writes `LANES` codes at `dst`, each equal to [`Encoder::encode`] of its element.
     unsafe fn encode(self, encoder: &Encoder, dst: *mut u8);
 }

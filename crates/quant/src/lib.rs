@@ -31,7 +31,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! [`fp4`] has MXFP4 and NVFP4, whose formulas stand there.
+//! [`fp4`] has MXFP4 and NVFP4, whose formulas stand there. [`sum_rows`] is the sum of a combine, with the same
+//! instruction sets.
 //!
 //! What it does not do: no GPU code, no threads of its own (rows are independent; callers split them), no swizzled
 //! or transposed scale layouts.
@@ -46,6 +47,7 @@ mod quantizer;
 mod row;
 
 mod convert;
+mod sum;
 mod weights;
 
 pub mod fp4;
@@ -56,4 +58,5 @@ pub use error::QuantError;
 pub use isa::Isa;
 pub use quantizer::{Activations, PerGroup, PerTensor, PerToken, PreparedRows, Quantizer, Unquantized};
 pub use row::{QuantizedRow, RowQuantizer, Unrounded, scale_for_amax};
+pub use sum::{SumElement, Term, sum_rows};
 pub use weights::{QuantizedWeights, WeightQuantizer, WeightScales};

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::{Job, Lanes};
+use super::{Job, LINE, Lanes};
 use crate::codec::Encoder;
 
 /// Runs `job` with AVX2 enabled.
@@ -53,6 +53,20 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn prefetch<const N: usize>(src: *const bf16) {
+        for line in (0..N * Self::LANES).step_by(LINE) {
+            // SAFETY: a prefetch touches no memory that the program sees.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(src.add(line).cast()) };
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        // SAFETY: AVX2 is there.
+        Self(unsafe { _mm256_add_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
     unsafe fn round_to_bf16(self) -> Self {
         // SAFETY: AVX2 is there.
         unsafe {
@@ -91,6 +105,22 @@ impl Lanes for Avx2 {
             let quarter = _mm_max_ps(_mm256_castps256_ps128(self.0), _mm256_extractf128_ps::<1>(self.0));
             let pair = _mm_max_ps(quarter, _mm_movehl_ps(quarter, quarter));
             _mm_cvtss_f32(_mm_max_ss(pair, _mm_movehdup_ps(pair)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_f32(self, dst: *mut f32) {
+        // SAFETY: AVX2 is there, `dst` is writable for 32 bytes.
+        unsafe { _mm256_storeu_ps(dst, self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_bf16(self, dst: *mut bf16) {
+        // SAFETY: AVX2 is there, `dst` is writable for 16 bytes.
+        unsafe {
+            let upper = _mm256_srli_epi32::<16>(_mm256_castps_si256(self.round_to_bf16().0));
+            let halves = (_mm256_castsi256_si128(upper), _mm256_extracti128_si256::<1>(upper));
+            _mm_storeu_si128(dst.cast(), _mm_packus_epi32(halves.0, halves.1));
         }
     }
 

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::{Job, Lanes};
+use super::{Job, LINE, Lanes};
 use crate::codec::Encoder;
 
 /// Runs `job` with AVX-512 enabled.
@@ -54,6 +54,20 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn prefetch<const N: usize>(src: *const bf16) {
+        for line in (0..N * Self::LANES).step_by(LINE) {
+            // SAFETY: a prefetch touches no memory that the program sees.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(src.add(line).cast()) };
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        // SAFETY: AVX-512F is there.
+        Self(unsafe { _mm512_add_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
     unsafe fn round_to_bf16(self) -> Self {
         // SAFETY: AVX-512F is there.
         unsafe {
@@ -89,6 +103,21 @@ impl Lanes for Avx512 {
     unsafe fn reduce_max(self) -> f32 {
         // SAFETY: AVX-512F is there.
         unsafe { _mm512_reduce_max_ps(self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_f32(self, dst: *mut f32) {
+        // SAFETY: AVX-512F is there, `dst` is writable for 64 bytes.
+        unsafe { _mm512_storeu_ps(dst, self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_bf16(self, dst: *mut bf16) {
+        // SAFETY: AVX-512F is there, `dst` is writable for 32 bytes.
+        unsafe {
+            let upper = _mm512_srli_epi32::<16>(_mm512_castps_si512(self.round_to_bf16().0));
+            _mm256_storeu_si256(dst.cast(), _mm512_cvtepi32_epi16(upper));
+        }
     }
 
     #[inline(always)]

@@ -46,6 +46,13 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        let mut sum = self.0;
+        sum.iter_mut().zip(other.0).for_each(|(sum, x)| *sum += x);
+        Self(sum)
+    }
+
+    #[inline(always)]
     unsafe fn round_to_bf16(self) -> Self {
         self.map(|x| bf16::from_f32(x).to_f32())
     }
@@ -67,6 +74,18 @@ impl Lanes for Portable {
     #[inline(always)]
     unsafe fn reduce_max(self) -> f32 {
         self.0.into_iter().fold(0.0, f32::max)
+    }
+
+    #[inline(always)]
+    unsafe fn store_f32(self, dst: *mut f32) {
+        // SAFETY: the caller passes a pointer to `LANES` writable elements.
+        unsafe { *dst.cast::<[f32; LANES]>() = self.0 }
+    }
+
+    #[inline(always)]
+    unsafe fn store_bf16(self, dst: *mut bf16) {
+        // SAFETY: the caller passes a pointer to `LANES` writable elements.
+        unsafe { *dst.cast::<[bf16; LANES]>() = self.0.map(bf16::from_f32) }
     }
 
     #[inline(always)]
