@@ -52,6 +52,7 @@ mod processes;
 mod segment;
 mod shared;
 mod status;
+mod streaming;
 mod symmetric;
 mod threads;
 mod traffic;
@@ -67,6 +68,7 @@ pub use deadline::Deadline;
 pub use error::{Awaited, RendezvousError, Result, Silence, TransportError};
 pub use heap::{Heap, Payload, Signal, Until};
 pub use status::{Status, StatusBoard};
+pub use streaming::copy_streaming;
 pub use traffic::Traffic;
 
 #[cfg(target_os = "linux")]
