@@ -24,6 +24,11 @@ impl Deadline {
         Self(moment)
     }
 
+    /// The deadline when half of the time left has passed.
+    pub(crate) fn halfway(self) -> Self {
+        Self::after(self.remaining().unwrap_or_default() / 2)
+    }
+
     /// Time left; `None` once the deadline has passed.
     pub fn remaining(self) -> Option<Duration> {
         self.0.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())

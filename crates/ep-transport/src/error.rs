@@ -44,6 +44,8 @@ pub enum Silence {
     Departed,
     /// The peer's process has ended without leaving the group.
     Died,
+    /// The peer has called [`Transport::shrink`](crate::Transport::shrink): it takes no further part in this group.
+    Shrinking,
     /// The peer gave up on an earlier collective, so the group can hold no further ones.
     GaveUp,
 }
@@ -54,6 +56,7 @@ impl std::fmt::Display for Silence {
             Silence::Deadline => "did not answer by the deadline",
             Silence::Departed => "left the group",
             Silence::Died => "died",
+            Silence::Shrinking => "is shrinking the group",
             Silence::GaveUp => "gave up on an earlier collective",
         })
     }
@@ -171,6 +174,20 @@ pub enum TransportError {
         /// The collective that came second.
         operation: Collective,
     },
+    /// The group went on without this rank, which did not come to its shrink in time.
+    #[error("the group shrank without {rank} (decided by {by})")]
+    Excluded {
+        /// This rank.
+        rank: Rank,
+        /// Whose proposal held.
+        by: Rank,
+    },
+    /// The group was shrunk; its ranks are in the new one.
+    #[error("this group was shrunk")]
+    Superseded,
+    /// The transport ends with the first rank that is lost.
+    #[error("groups over this transport cannot go on without a rank")]
+    FailStop,
     /// Ranks that cannot be spread evenly over nodes.
     #[error("{world_size} ranks cannot be spread evenly over nodes of {ranks_per_node}")]
     Topology {
@@ -233,8 +250,11 @@ impl TransportError {
             | TransportError::NoSuchWord { .. }
             | TransportError::NoSuchRank { .. }
             | TransportError::OtherNode { .. }
+            | TransportError::Superseded
             | TransportError::Overlapping { .. } => ErrorKind::Contract,
             TransportError::Topology { .. }
+            | TransportError::Excluded { .. }
+            | TransportError::FailStop
             | TransportError::Spawn { .. }
             | TransportError::Rendezvous { .. }
             | TransportError::System { .. } => ErrorKind::Other,

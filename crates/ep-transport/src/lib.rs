@@ -37,8 +37,8 @@
 //!
 //! Ranks are [threads of one process](ThreadGroup) or, on Linux, [processes of one machine](join_processes); either
 //! can pretend to be on several nodes. The traits leave room for MPI one-sided: no operation needs a peer's memory to
-//! be mapped, and the atomic ones are confined to a node. There is no network engine here, no recovery of a group
-//! that lost a rank, and no device memory.
+//! be mapped, and the atomic ones are confined to a node. A group that lost ranks goes on without them by
+//! [`shrink`](Transport::shrink). There is no network engine here, and no device memory.
 
 mod cursor;
 mod deadline;
@@ -59,7 +59,7 @@ mod traffic;
 mod transport;
 
 pub use endpoint::{Endpoint, transport_of};
-pub use transport::{Collective, Transport};
+pub use transport::{Collective, Shrunk, Transport};
 
 pub use symmetric::{HEAP_ALIGN, HeapLayout, HeapSize, REGION_ALIGN, SymOffset, SymWord};
 

@@ -154,7 +154,7 @@ fn join(
     let pidfds = pids.iter().map(descriptor).collect::<io::Result<_>>();
     let pidfds = pidfds.map_err(TransportError::system("access to the processes of other ranks"))?;
     let processes = Processes::new(control, Group::control_size(topology), pidfds);
-    let group = Group::new(Arc::new(processes), 0, topology, options.timeout);
+    let group = Group::new(Arc::new(processes), topology, options.timeout);
     let joined = group.and_then(|group| SharedRank::new(Arc::new(group), options.rank));
     joined.map(Arc::new).map_err(TransportError::system("memory for a group"))
 }

@@ -13,6 +13,7 @@ mod group;
 mod heap;
 mod rank;
 mod seat;
+mod shrink;
 mod substrate;
 
 pub(crate) use group::{Group, Topology};

@@ -48,7 +48,7 @@ impl ThreadGroup {
         let topology = Topology::new(world_size, options.ranks_per_node)?;
         let refused = TransportError::system("memory for a group");
         let process = Arc::new(OneProcess::default());
-        let group = Arc::new(Group::new(process, 0, topology, options.timeout).map_err(&refused)?);
+        let group = Arc::new(Group::new(process, topology, options.timeout).map_err(&refused)?);
         tracing::debug!(world_size, ranks_per_node = topology.ranks_per_node, "new group of threads");
         let ranks = (0..world_size).map(|rank| SharedRank::new(Arc::clone(&group), Rank(rank as u32)));
         ranks.map(|rank| rank.map(Arc::new).map_err(&refused)).collect()
@@ -177,7 +177,7 @@ mod tests {
     fn allocate(sizes: [usize; 2]) -> (Vec<Result<Arc<dyn Heap>>>, usize) {
         let process = Arc::new(OneProcess::default());
         let topology = Topology::new(2, None).unwrap();
-        let group = Group::new(Arc::clone(&process) as _, 0, topology, Duration::from_secs(30)).unwrap();
+        let group = Group::new(Arc::clone(&process) as _, topology, Duration::from_secs(30)).unwrap();
         let group = Arc::new(group);
         let outcomes = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..2)

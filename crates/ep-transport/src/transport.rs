@@ -6,7 +6,7 @@ use std::time::Duration;
 use fused_moe_core::Rank;
 
 use crate::deadline::Deadline;
-use crate::error::Result;
+use crate::error::{Result, TransportError};
 use crate::heap::Heap;
 use crate::symmetric::HeapSize;
 use crate::traffic::Traffic;
@@ -21,6 +21,8 @@ pub enum Collective {
     Barrier,
     /// [`Transport::allocate`].
     Allocate,
+    /// [`Transport::shrink`].
+    Shrink,
 }
 
 impl Collective {
@@ -30,11 +32,12 @@ impl Collective {
             Collective::AllGather => 1,
             Collective::Barrier => 2,
             Collective::Allocate => 3,
+            Collective::Shrink => 4,
         }
     }
 
     pub(crate) fn from_code(code: u64) -> Option<Self> {
-        [Self::AllGather, Self::Barrier, Self::Allocate]
+        [Self::AllGather, Self::Barrier, Self::Allocate, Self::Shrink]
             .into_iter()
             .find(|operation| operation.code() == code)
     }
@@ -46,7 +49,22 @@ impl std::fmt::Display for Collective {
             Collective::AllGather => "all-gather",
             Collective::Barrier => "barrier",
             Collective::Allocate => "allocate",
+            Collective::Shrink => "shrink",
         })
+    }
+}
+
+/// What is left of a group.
+pub struct Shrunk {
+    /// This rank's end of the new group.
+    pub transport: Arc<dyn Transport>,
+    /// Which rank of the old group each rank of the new one was, in ascending order.
+    pub survivors: Vec<Rank>,
+}
+
+impl std::fmt::Debug for Shrunk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Shrunk({}, survivors {:?})", self.transport.rank(), self.survivors)
     }
 }
 
@@ -94,6 +112,28 @@ pub trait Transport: Send + Sync {
     /// As [`all_gather`](Transport::all_gather); [`Mismatch`](crate::TransportError::Mismatch) on all ranks if
     /// the sizes differ, [`OutOfMemory`](crate::TransportError::OutOfMemory) on all ranks if one cannot allocate.
     fn allocate(&self, size: HeapSize, deadline: Deadline) -> Result<Arc<dyn Heap>>;
+
+    /// Goes on without ranks that are lost: makes a group of all that call this by about half of the time until
+    /// `deadline`. Who is known to be dead is not waited for, and who has missed a deadline, not long.
+    ///
+    /// All survivors get the same group, whichever losses each of them has seen. They are numbered anew, in the order
+    /// of their ranks; nodes keep their boundaries, but are cut into equal parts if they lost different numbers. The new
+    /// group's heaps are new memory: whatever a rank that was left out still writes cannot reach them.
+    ///
+    /// The old group ends with the call: waits for a rank that has called this end with
+    /// [`PeerLost`](crate::TransportError::PeerLost), so a loss that one survivor has noticed reaches all. Handles over
+    /// its heaps are of no use any more.
+    ///
+    /// # Errors
+    /// [`Excluded`](crate::TransportError::Excluded) if the others have gone on without this rank;
+    /// [`PeerLost`](crate::TransportError::PeerLost) if there is no group by the deadline;
+    /// [`Superseded`](crate::TransportError::Superseded) if it was called before;
+    /// [`FailStop`](crate::TransportError::FailStop) if this transport cannot;
+    /// [`Overlapping`](crate::TransportError::Overlapping), [`System`](crate::TransportError::System).
+    fn shrink(&self, deadline: Deadline) -> Result<Shrunk> {
+        let _ = deadline;
+        Err(TransportError::FailStop)
+    }
 
     /// What this rank has moved over all its heaps so far.
     fn traffic(&self) -> Traffic;

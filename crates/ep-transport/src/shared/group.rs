@@ -4,6 +4,7 @@ use std::any::Any;
 use std::io;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use fused_moe_core::Rank;
@@ -11,9 +12,9 @@ use fused_moe_core::Rank;
 use super::seat::{Absence, Seat};
 use super::substrate::Substrate;
 use crate::doorbell::{Cause, Spin};
-use crate::error::{Result, TransportError};
+use crate::error::{Result, Silence, TransportError};
 use crate::segment::Segment;
-use crate::symmetric::{HeapSize, SymOffset};
+use crate::symmetric::{HeapSize, SymOffset, SymWord};
 use crate::traffic::{Distance, TrafficCounters};
 
 /// How many ranks, and on which nodes.
@@ -36,7 +37,7 @@ impl Topology {
         Ok(Self { world_size, ranks_per_node })
     }
 
-    fn node_of(self, rank: Rank) -> usize {
+    pub(super) fn node_of(self, rank: Rank) -> usize {
         rank.index() / self.ranks_per_node
     }
 }
@@ -44,8 +45,10 @@ impl Topology {
 /// The group.
 #[derive(Debug)]
 pub(crate) struct Group {
-    /// A [`Seat`] for each rank.
+    /// A [`Seat`] for each rank, and the words of a shrink.
     control: Arc<Segment>,
+    /// Shrinks that led to this group.
+    generation: u32,
     /// Which rank of the first generation each rank is.
     members: Box<[u32]>,
     pub(super) topology: Topology,
@@ -55,17 +58,25 @@ pub(crate) struct Group {
 }
 
 impl Group {
-    /// The group of `topology` whose ranks meet in the control segment of `generation`.
+    /// The first group over `substrate`.
     pub(crate) fn new(
         substrate: Arc<dyn Substrate>,
-        generation: u32,
         topology: Topology,
         timeout: Duration,
     ) -> io::Result<Self> {
+        let control = substrate.control(0, Self::control_size(topology))?;
+        let members = (0..topology.world_size as u32).collect();
+        let spin = Spin::for_ranks(topology.world_size);
+        Ok(Self { control, generation: 0, members, topology, timeout, spin, substrate })
+    }
+
+    /// The group of `members` that follows this one.
+    pub(super) fn next(&self, members: Box<[u32]>, topology: Topology) -> io::Result<Self> {
+        let substrate = Arc::clone(&self.substrate);
+        let generation = self.generation + 1;
         let control = substrate.control(generation, Self::control_size(topology))?;
         let spin = Spin::for_ranks(topology.world_size);
-        let members = (0..topology.world_size as u32).collect();
-        Ok(Self { control, members, topology, timeout, spin, substrate })
+        Ok(Self { control, generation, members, topology, timeout: self.timeout, spin, substrate })
     }
 
     /// Which rank of the first generation each rank is.
@@ -75,7 +86,16 @@ impl Group {
 
     /// Size of the control segment.
     pub(crate) fn control_size(topology: Topology) -> HeapSize {
-        HeapSize { bytes: topology.world_size.saturating_mul(size_of::<Seat>()), words: 0 }
+        let Topology { world_size, .. } = topology;
+        HeapSize {
+            bytes: world_size.saturating_mul(size_of::<Seat>()),
+            words: Self::shrink_words(world_size),
+        }
+    }
+
+    /// A word of the control segment.
+    pub(super) fn word(&self, index: usize) -> &AtomicU64 {
+        self.control.word(SymWord(index)).expect("a control segment holds the words of a shrink")
     }
 
     pub(super) fn seats(&self) -> &[Seat] {
@@ -110,6 +130,8 @@ pub(super) struct Member {
     pub(super) group: Arc<Group>,
     pub(super) rank: Rank,
     pub(super) traffic: TrafficCounters,
+    /// Ranks that missed a deadline of this one.
+    suspects: Box<[AtomicBool]>,
     /// What [`Substrate::watch`] gave.
     _watch: Box<dyn Any + Send + Sync>,
 }
@@ -117,7 +139,33 @@ pub(super) struct Member {
 impl Member {
     pub(super) fn new(group: Arc<Group>, rank: Rank) -> io::Result<Self> {
         let watch = group.substrate.watch(&group)?;
-        Ok(Self { group, rank, traffic: TrafficCounters::default(), _watch: watch })
+        let suspects = (0..group.topology.world_size).map(|_| AtomicBool::new(false)).collect();
+        Ok(Self { group, rank, traffic: TrafficCounters::default(), suspects, _watch: watch })
+    }
+
+    /// Remembers that `rank` missed a deadline.
+    fn suspect(&self, rank: Rank) {
+        self.suspects[rank.index()].store(true, Ordering::Relaxed);
+    }
+
+    /// Whether `rank` has missed a deadline.
+    pub(super) fn suspects(&self, rank: Rank) -> bool {
+        self.suspects[rank.index()].load(Ordering::Relaxed)
+    }
+
+    /// Who is lost if `rank` says nothing for the reason `silence`: a survivor that shrinks the group does so because
+    /// of another.
+    pub(super) fn blame(&self, rank: Rank, silence: Silence) -> (Rank, Silence) {
+        match silence {
+            Silence::Deadline => self.suspect(rank),
+            Silence::Shrinking => {
+                if let Some(dead) = self.group.seats().iter().position(Seat::has_died) {
+                    return (Rank(dead as u32), Silence::Died);
+                }
+            }
+            _ => {}
+        }
+        (rank, silence)
     }
 
     pub(super) fn seat(&self) -> &Seat {

@@ -103,9 +103,10 @@ unsafe impl Heap for SharedHeap {
                 Silence::Departed => setter.shuns_signals().unwrap_or(silence),
                 other => other,
             };
+            let (rank, silence) = self.member.blame(from, silence);
             let last_seen = value.load(Ordering::Relaxed);
             let awaited = Awaited::Signal { word, until, last_seen };
-            TransportError::PeerLost { rank: from, awaited, silence }
+            TransportError::PeerLost { rank, awaited, silence }
         })
     }
 

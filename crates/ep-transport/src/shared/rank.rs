@@ -17,21 +17,23 @@ use crate::heap::Heap;
 use crate::segment::Segment;
 use crate::symmetric::HeapSize;
 use crate::traffic::Traffic;
-use crate::transport::{Collective, Transport};
+use crate::transport::{Collective, Shrunk, Transport};
 
 /// Where a rank stands in the sequence of meetings.
 #[derive(Debug, Default)]
-struct Progress {
+pub(super) struct Progress {
     /// Meetings begun. A collective takes one or more.
     begun: u64,
     /// Who was lost in one, after which there are no more.
     lost: Option<(Rank, Silence)>,
+    /// Whether the group was shrunk, after which there are no more either.
+    pub(super) superseded: bool,
 }
 
 /// One rank of a group that shares memory.
 #[derive(Debug)]
 pub struct SharedRank {
-    member: Arc<Member>,
+    pub(super) member: Arc<Member>,
     progress: Mutex<Progress>,
 }
 
@@ -41,7 +43,7 @@ impl SharedRank {
     }
 
     /// Begins a collective, which ends when the guard is dropped.
-    fn begin(&self, operation: Collective) -> Result<MutexGuard<'_, Progress>> {
+    pub(super) fn begin(&self, operation: Collective) -> Result<MutexGuard<'_, Progress>> {
         match self.progress.try_lock() {
             Ok(progress) => Ok(progress),
             Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
@@ -83,6 +85,9 @@ impl SharedRank {
             awaited: Awaited::Collective(operation),
             silence,
         };
+        if progress.superseded {
+            return Err(TransportError::Superseded);
+        }
         if let Some(earlier) = progress.lost {
             return Err(lost(earlier));
         }
@@ -92,6 +97,7 @@ impl SharedRank {
         self.member.group.ring_all();
 
         let gathered = self.gather(number, deadline).map_err(|loss| {
+            let loss = self.member.blame(loss.0, loss.1);
             progress.lost = Some(loss);
             self.member.announce(Absence::GaveUp);
             lost(loss)
@@ -189,6 +195,11 @@ impl Transport for SharedRank {
                 Err(TransportError::OutOfMemory { bytes: size.required_bytes(), rank })
             }
         }
+    }
+
+    fn shrink(&self, deadline: Deadline) -> Result<Shrunk> {
+        let (transport, survivors) = self.shrunk(deadline)?;
+        Ok(Shrunk { transport, survivors })
     }
 
     fn traffic(&self) -> Traffic {

@@ -15,6 +15,9 @@ const GAVE_UP: u32 = 4;
 /// Bit of [`Seat::absences`]: the rank's process has ended without leaving.
 const DIED: u32 = 8;
 
+/// Bit of [`Seat::absences`]: the rank has come to a shrink.
+const SHRINKING: u32 = 16;
+
 /// Bytes that a rank posts at a time; more take several meetings.
 pub(super) const POSTING_BYTES: usize = 64 << 10;
 
@@ -30,6 +33,8 @@ pub(crate) enum Absence {
     GaveUp = GAVE_UP,
     /// Its process has ended without leaving.
     Died = DIED,
+    /// It has come to a shrink, and takes no further part in this group.
+    Shrinking = SHRINKING,
 }
 
 /// What a rank brings to a meeting.
@@ -73,6 +78,7 @@ impl Seat {
         match self.absences.load(Ordering::Acquire) {
             absences if absences & DEPARTED != 0 => Some(Silence::Departed),
             absences if absences & DIED != 0 => Some(Silence::Died),
+            absences if absences & SHRINKING != 0 => Some(Silence::Shrinking),
             _ => None,
         }
     }
@@ -84,8 +90,24 @@ impl Seat {
             absences if absences & DEPARTED != 0 => Some(Silence::Departed),
             absences if absences & DIED != 0 => Some(Silence::Died),
             absences if absences & NO_ENDPOINT != 0 => Some(Silence::Departed),
+            absences if absences & SHRINKING != 0 => Some(Silence::Shrinking),
             _ => Some(Silence::GaveUp),
         }
+    }
+
+    /// Whether the rank's process has ended without leaving.
+    pub(super) fn has_died(&self) -> bool {
+        self.absences.load(Ordering::Acquire) & (DIED | DEPARTED) == DIED
+    }
+
+    /// Whether the rank has come to a shrink.
+    pub(super) fn is_shrinking(&self) -> bool {
+        self.absences.load(Ordering::Acquire) & SHRINKING != 0
+    }
+
+    /// Whether the rank is past coming to a shrink, and past going on after one.
+    pub(super) fn will_not_shrink(&self) -> bool {
+        self.absences.load(Ordering::Acquire) & (DEPARTED | NO_ENDPOINT | DIED) != 0
     }
 
     pub(super) fn announce(&self, absence: Absence) {

@@ -13,6 +13,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 
 use crate::common::{Exchange, ranks};
 use crate::ranks::{Place, Ranks, meet, meet_within};
+use crate::shrinks;
 
 /// A time that is nothing beside the timeout of 30 s.
 const SOON: Duration = Duration::from_secs(5);
@@ -23,7 +24,7 @@ pub fn main() -> ExitCode {
     if args.next().as_deref() == Some("rank") {
         return be_a_rank(&args.collect::<Vec<_>>());
     }
-    let tests: [(&str, fn()); 10] = [
+    let tests: [(&str, fn()); 12] = [
         ("payloads_are_seen_with_their_signals", payloads_are_seen_with_their_signals),
         ("collectives_carry_what_was_given", collectives_carry_what_was_given),
         ("memory_is_as_announced_and_needs_no_descriptors", memory_is_as_announced_and_needs_no_descriptors),
@@ -34,6 +35,8 @@ pub fn main() -> ExitCode {
         ),
         ("a_killed_rank_is_noticed_at_once", a_killed_rank_is_noticed_at_once),
         ("a_stopped_rank_is_lost_at_the_deadline", a_stopped_rank_is_lost_at_the_deadline),
+        ("survivors_of_kills_go_on", shrinks::survivors_of_kills_go_on),
+        ("a_stopped_rank_that_wakes_reaches_nothing", shrinks::a_stopped_rank_that_wakes_reaches_nothing),
         ("strangers_are_sent_away", strangers_are_sent_away),
         ("a_rank_that_does_not_come_is_named", a_rank_that_does_not_come_is_named),
         ("a_rank_that_dies_on_the_way_is_named", a_rank_that_dies_on_the_way_is_named),
@@ -85,7 +88,7 @@ fn be_a_rank(args: &[String]) -> ExitCode {
         "too_much" => too_much,
         "wait" => wait,
         "wait_briefly" => wait_briefly,
-        other => panic!("nothing is called {other:?}"),
+        other => shrinks::body(other).unwrap_or_else(|| panic!("nothing is called {other:?}")),
     };
     body(&group, place.seed);
     ExitCode::SUCCESS

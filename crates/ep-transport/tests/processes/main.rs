@@ -11,6 +11,9 @@ mod groups;
 mod ranks;
 
 #[cfg(target_os = "linux")]
+mod shrinks;
+
+#[cfg(target_os = "linux")]
 fn main() -> std::process::ExitCode {
     groups::main()
 }
