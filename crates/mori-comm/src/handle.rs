@@ -12,7 +12,6 @@ use fused_moe_core::{
     PrepareAndFinalizeModular, PrepareCaps, PrepareInput, Rank, Result, Routed, RouterWeight, Routing, Sent,
     Source, Stage, TensorViewMut, TicketLedger, check_output, phase,
 };
-use half::bf16;
 use quant::{Activations, Quantizer};
 
 use crate::buffers::Buffers;
@@ -22,6 +21,7 @@ use crate::node::{Node, RowOn};
 use crate::nodes::{Destinations, Nodes};
 use crate::rails::Rails;
 use crate::record::{Fields, copy_bytes};
+use crate::sum::OutputRow;
 
 /// One rank's end of a dispatch/combine pair.
 pub(crate) struct Handle {
@@ -40,7 +40,6 @@ pub(crate) struct Handle {
     /// `[max_tokens, top_k]`: where this rank's tokens lie on this node.
     rows: Vec<RowOn>,
     ones: Vec<f32>,
-    sum: Vec<f32>,
     received: [i32; 1],
     heap: Arc<dyn Heap>,
     transport: Arc<dyn Transport>,
@@ -75,7 +74,6 @@ impl Handle {
             record: vec![0; fields.record_bytes()],
             rows: vec![RowOn::NOWHERE; config.max_tokens_per_rank * config.top_k],
             ones: vec![1.0; config.top_k],
-            sum: vec![0.0; config.hidden],
             received: [0],
             config: config.clone(),
             caps,
@@ -91,9 +89,9 @@ impl Handle {
     /// Bytes of this rank's own bookkeeping.
     pub fn local_bytes(config: &MoeConfig, plan: &Plan) -> usize {
         let rows = config.max_tokens_per_rank * config.top_k * size_of::<RowOn>();
-        let floats = (config.top_k + config.hidden) * size_of::<f32>();
+        let ones = config.top_k * size_of::<f32>();
         let rails = if config.is_single_node() { 0 } else { Rails::local_bytes(config, plan) };
-        rows + floats + Fields::of_plan(config, plan).record_bytes() + Node::local_bytes(config) + rails
+        rows + ones + Fields::of_plan(config, plan).record_bytes() + Node::local_bytes(config) + rails
     }
 
     fn contract(&self, stage: Stage, why: impl Into<Source>) -> Error {
@@ -210,16 +208,12 @@ impl Handle {
     fn sum(&mut self, routing: &Routing, out: &mut TensorViewMut<'_>) -> Result<(), Source> {
         let top_k = self.config.top_k;
         for token in 0..routing.num_tokens() {
-            self.sum.fill(0.0);
             let rows = &self.rows[token * top_k..][..top_k];
-            self.kernel.sum(&self.node, token, rows, &mut self.sum)?;
-            match out.dtype() {
-                DType::F32 => out.row_mut::<f32>(token)?.copy_from_slice(&self.sum),
-                _ => {
-                    let row = out.row_mut::<bf16>(token)?;
-                    row.iter_mut().zip(&self.sum).for_each(|(out, &sum)| *out = bf16::from_f32(sum));
-                }
-            }
+            let out = match out.dtype() {
+                DType::F32 => OutputRow::F32(out.row_mut(token)?),
+                _ => OutputRow::Bf16(out.row_mut(token)?),
+            };
+            self.kernel.sum(&self.node, token, rows, out)?;
         }
         Ok(())
     }
@@ -231,8 +225,8 @@ impl PrepareAndFinalize for Handle {
     }
 
     fn allocated_bytes(&self) -> usize {
-        let floats = self.ones.len() + self.sum.len();
-        let local = self.rows.len() * size_of::<RowOn>() + floats * size_of::<f32>() + self.record.len();
+        let ones = self.ones.len() * size_of::<f32>();
+        let local = self.rows.len() * size_of::<RowOn>() + ones + self.record.len();
         let parts = self.node.allocated_bytes() + self.kernel.allocated_bytes();
         self.heap.size().required_bytes() + local + parts
     }

@@ -8,6 +8,7 @@ use ep_transport::{Deadline, Result, StatusBoard};
 use crate::node::{Node, RowOn};
 use crate::nodes::{Destinations, Nodes};
 use crate::rails::Rails;
+use crate::sum::OutputRow;
 
 /// One of this rank's tokens.
 #[derive(Clone, Copy)]
@@ -42,8 +43,8 @@ pub(crate) trait Hops {
     fn give_back(&mut self, node: &Node, round: u64) -> Result<()>;
     /// Waits for what other nodes computed. The outputs of all ranks are ready.
     fn collect(&self, round: u64, deadline: Deadline) -> Result<()>;
-    /// Sums the outputs for one of this rank's tokens, which lies at `rows` on this node, into `sum`, which is zero.
-    fn sum(&mut self, node: &Node, token: usize, rows: &[RowOn], sum: &mut [f32]) -> Result<()>;
+    /// Writes the sum of the outputs for one of this rank's tokens, which lies at `rows` on this node.
+    fn sum(&mut self, node: &Node, token: usize, rows: &[RowOn], out: OutputRow<'_>) -> Result<()>;
     /// Bytes allocated.
     fn allocated_bytes(&self) -> usize;
 }
@@ -126,8 +127,8 @@ impl Hops for IntraNode {
         Ok(())
     }
 
-    fn sum(&mut self, node: &Node, _: usize, rows: &[RowOn], sum: &mut [f32]) -> Result<()> {
-        node.add_outputs(rows, sum);
+    fn sum(&mut self, node: &Node, _: usize, rows: &[RowOn], out: OutputRow<'_>) -> Result<()> {
+        out.write(&node.outputs(rows));
         Ok(())
     }
 
@@ -175,8 +176,8 @@ impl<W: Windows> Hops for InterNode<W> {
         self.rails.collect(round, deadline)
     }
 
-    fn sum(&mut self, node: &Node, token: usize, rows: &[RowOn], sum: &mut [f32]) -> Result<()> {
-        self.rails.add_sums((node, self.nodes), (token, rows), sum)
+    fn sum(&mut self, node: &Node, token: usize, rows: &[RowOn], out: OutputRow<'_>) -> Result<()> {
+        self.rails.sum((node, self.nodes), (token, rows), out)
     }
 
     fn allocated_bytes(&self) -> usize {

@@ -54,6 +54,7 @@ mod kernel;
 
 mod nodes;
 mod record;
+mod sum;
 
 mod buffers;
 mod node;

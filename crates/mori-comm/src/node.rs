@@ -10,16 +10,25 @@
 
 use std::sync::Arc;
 
-use ep_transport::{Heap, RowCursor, TransportError};
+use ep_transport::{Heap, RowCursor, TransportError, copy_streaming};
 use fused_moe_core::{
     Arrived, DType, Dispatched, Error, MoeConfig, Plan, Rank, ReceivedRows, Result, Source, Stage,
     TensorView, TensorViewMut, TopK, ViewError,
 };
 use half::bf16;
+use quant::Term;
 
 use crate::buffers::{Buffers, Rows};
 use crate::nodes::{Destinations, Nodes};
 use crate::record::Fields;
+use crate::sum::Terms;
+
+/// What the ranks of a node may write in a round and find in their last-level cache when they read it, in bytes: half
+/// of the 32 MiB that cores commonly share.
+const CACHED: usize = 16 << 20;
+
+/// Fields shorter than this, in bytes, are not worth streaming.
+const STREAMED: usize = 1024;
 
 /// Where a copy of a token lies on this node: the place of the rank, and its row there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +71,8 @@ pub(crate) struct Node {
     tallies: Vec<Tally>,
     row_bytes: usize,
     output_bytes: usize,
+    /// Whether rows are written past the caches.
+    streaming: bool,
     payload_dtype: DType,
     wire_has_scales: bool,
 }
@@ -91,6 +102,7 @@ impl Node {
             cursor: buffers.cursor,
             row_bytes: Fields::of_plan(config, plan).record_bytes(),
             output_bytes: buffers.expert_out.row_bytes(),
+            streaming: false,
             payload_dtype: plan.wire().payload,
             wire_has_scales: plan.wire().scale.is_some(),
             peers,
@@ -130,11 +142,18 @@ impl Node {
 
     /// Reserves rows for all tokens found since the last time: one atomic add per rank.
     pub fn reserve(&mut self, round: u64) -> ep_transport::Result<()> {
+        self.streaming = self.streams();
         for (rank, tally) in self.nodes.peers().zip(&mut self.tallies).filter(|(_, tally)| tally.found > 0) {
             tally.next = self.cursor.take(&*self.heap, rank, round, u64::from(tally.found))? as u32;
             tally.found = 0;
         }
         Ok(())
+    }
+
+    /// Whether the rows of this round are more than the caches hold. Other ranks write about as much as this one.
+    fn streams(&self) -> bool {
+        let rows: u32 = self.tallies.iter().map(|tally| tally.found + tally.written).sum();
+        rows as usize * self.row_bytes * self.peers.len() > CACHED
     }
 
     /// Writes a token to the ranks that were found for it.
@@ -149,7 +168,11 @@ impl Node {
             for (to, from) in received.into_iter().zip(token.into_array()) {
                 // SAFETY: this rank has reserved the row in this round (see the head of the file); the heap is owned
                 // by `self`.
-                unsafe { to.row_mut(on.row as usize) }.copy_from_slice(from);
+                let to = unsafe { to.row_mut(on.row as usize) };
+                match self.streaming && from.len() >= STREAMED {
+                    true => copy_streaming(to, from),
+                    false => to.copy_from_slice(from),
+                }
             }
         }
     }
@@ -170,15 +193,15 @@ impl Node {
         }
     }
 
-    /// Adds the outputs of `rows` to `sum`, slot by slot.
-    pub fn add_outputs(&self, rows: &[RowOn], sum: &mut [f32]) {
-        for on in rows.iter().filter(|on| **on != RowOn::NOWHERE) {
+    /// The outputs of `rows`, slot by slot.
+    pub fn outputs(&self, rows: &[RowOn]) -> Terms<'_> {
+        let output = |on: &RowOn| {
             let peer = &self.peers[on.place as usize];
             // SAFETY: the owner of the row has posted that its outputs are ready and writes them again only after
             // this rank's next dispatch status; any bytes are a bf16.
-            let values = unsafe { peer.expert_out.row_as::<bf16>(on.row as usize) };
-            sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value.to_f32());
-        }
+            Term::of(unsafe { peer.expert_out.row_as::<bf16>(on.row as usize) })
+        };
+        rows.iter().filter(|on| **on != RowOn::NOWHERE).map(output).collect()
     }
 
     /// Counts the outputs of all rows written in this round as read.

@@ -21,12 +21,14 @@ use std::sync::Arc;
 use ep_transport::{Deadline, Heap, Payload, Signal, Until};
 use fused_moe_core::{MoeConfig, Plan, Rank};
 use half::bf16;
+use quant::{Isa, Term, sum_rows};
 
 use crate::buffers::{CHUNK, RailBuffers, output_bytes};
 use crate::kernel::Token;
 use crate::node::{Node, RowOn};
 use crate::nodes::{Destinations, Nodes};
-use crate::record::{Fields, copy_bytes, read_ids};
+use crate::record::{Fields, read_ids};
+use crate::sum::{OutputRow, Terms, bytes_of, elements_of};
 
 /// What the flag of a chunk says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,7 +83,7 @@ struct Rail {
     /// `[max_tokens, top_k]`: where the proxy's tokens lie on this node.
     rows: Vec<RowOn>,
     /// `[max_tokens, hidden]`: sums of outputs for the proxy, the sources of puts.
-    sums: Vec<u8>,
+    sums: Vec<bf16>,
 }
 
 /// All other nodes.
@@ -90,7 +92,8 @@ pub(crate) struct Rails {
     buffers: RailBuffers,
     record: Fields<usize>,
     ids: Vec<i32>,
-    sum: Vec<f32>,
+    /// `[hidden]`: what this node computed for one of this rank's tokens.
+    own: Vec<bf16>,
     heap: Arc<dyn Heap>,
 }
 
@@ -115,14 +118,14 @@ impl Rails {
             forwarded: 0,
             complete: false,
             rows: vec![RowOn::NOWHERE; tokens * config.top_k],
-            sums: vec![0; tokens * output_bytes(config)],
+            sums: vec![bf16::ZERO; tokens * config.hidden],
         };
         Self {
             rails: nodes.others().map(rail).collect(),
             buffers,
             record,
             ids: vec![0; config.top_k],
-            sum: vec![0.0; config.hidden],
+            own: vec![bf16::ZERO; config.hidden],
             heap,
         }
     }
@@ -132,7 +135,7 @@ impl Rails {
         let record = Fields::of_plan(config, plan).record_bytes();
         let token = record + size_of::<u32>() + config.top_k * size_of::<RowOn>() + output_bytes(config);
         let rails = Nodes::new(config, Rank(0)).count() - 1;
-        rails * config.max_tokens_per_rank * token + (config.top_k + config.hidden) * size_of::<f32>()
+        rails * config.max_tokens_per_rank * token + config.top_k * size_of::<i32>() + output_bytes(config)
     }
 
     /// What is allocated of it.
@@ -141,11 +144,11 @@ impl Rails {
             rail.outgoing.len()
                 + rail.slots.len() * size_of::<u32>()
                 + rail.rows.len() * size_of::<RowOn>()
-                + rail.sums.len()
+                + size_of_val(&*rail.sums)
         };
         self.rails.iter().map(rail).sum::<usize>()
             + self.ids.len() * size_of::<i32>()
-            + self.sum.len() * size_of::<f32>()
+            + size_of_val(&*self.own)
     }
 
     pub fn buffers(&self) -> &RailBuffers {
@@ -238,8 +241,8 @@ impl Rails {
 
     /// Sums what this node has computed for the tokens of its proxies, and puts the sums back.
     pub fn give_back(&mut self, node: &Node, round: u64) -> ep_transport::Result<()> {
-        let Self { rails, buffers, ids, sum, heap, .. } = self;
-        let (top_k, row_bytes) = (ids.len(), buffers.returned.row_bytes());
+        let Self { rails, buffers, ids, own, heap, .. } = self;
+        let (top_k, hidden) = (ids.len(), own.len());
         for rail in rails {
             for first in (0..rail.forwarded).step_by(CHUNK) {
                 let tokens = first..(first + CHUNK).min(rail.forwarded);
@@ -249,12 +252,11 @@ impl Rails {
                     if rows.iter().all(|on| *on == RowOn::NOWHERE) {
                         continue;
                     }
-                    sum.fill(0.0);
-                    node.add_outputs(rows, sum);
-                    round_row(sum, &mut rail.sums[token * row_bytes..][..row_bytes]);
+                    let sum = &mut rail.sums[token * hidden..][..hidden];
+                    sum_rows(Isa::detect(), &node.outputs(rows), sum);
                 }
                 let row = buffers.returned_row(rail.there) + first;
-                let bytes = &rail.sums[first * row_bytes..tokens.end * row_bytes];
+                let bytes = bytes_of(&rail.sums[first * hidden..tokens.end * hidden]);
                 let payload = Payload { offset: buffers.returned.row(row), bytes };
                 let signal = Signal { word: buffers.back(rail.there, first / CHUNK), value: round };
                 // SAFETY: the proxy reads the rows after the flag and has read those of the round before: see the head
@@ -276,20 +278,22 @@ impl Rails {
         Ok(())
     }
 
-    /// Adds the sums of all nodes for one of this rank's tokens, in node order. `rows`: where it lies on this node.
-    pub fn add_sums(
+    /// Sums what all nodes have computed for one of this rank's tokens, in node order. `rows`: where it lies on this
+    /// node.
+    pub fn sum(
         &mut self,
         (node, nodes): (&Node, Nodes),
         (token, rows): (usize, &[RowOn]),
-        out: &mut [f32],
+        out: OutputRow<'_>,
     ) -> ep_transport::Result<()> {
-        let Self { rails, buffers, sum, heap, .. } = self;
+        let Self { rails, buffers, own, heap, .. } = self;
+        // This node's own sum is rounded as if it had travelled, so that it does not matter who asks.
+        let outputs = node.outputs(rows);
+        sum_rows(Isa::detect(), &outputs, own);
+        let mut terms = Terms::new();
         for number in 0..nodes.count() {
             if number == nodes.mine() {
-                // This node's own sum is rounded as if it had travelled, so that it does not matter who asks.
-                sum.fill(0.0);
-                node.add_outputs(rows, sum);
-                out.iter_mut().zip(&*sum).for_each(|(out, &sum)| *out += bf16::from_f32(sum).to_f32());
+                terms.extend((!outputs.is_empty()).then(|| Term::of(own)));
                 continue;
             }
             let rail = rails.iter().find(|rail| rail.node == number);
@@ -299,10 +303,9 @@ impl Rails {
             // SAFETY: the flag of the row's chunk was seen, and the proxy writes it again only after this rank's
             // next dispatch status.
             let values = unsafe { heap.local(row, buffers.returned.row_bytes())? };
-            for (out, &value) in out.iter_mut().zip(values.as_chunks::<2>().0) {
-                *out += bf16::from_ne_bytes(value).to_f32();
-            }
+            terms.push(Term::of(elements_of(values)));
         }
+        out.write(&terms);
         Ok(())
     }
 }
@@ -358,11 +361,6 @@ impl Rail {
         self.complete = chunk.last;
         Ok(())
     }
-}
-
-/// Rounds a sum to the type that travels.
-fn round_row(sum: &[f32], out: &mut [u8]) {
-    copy_bytes(out, sum, |sum| bf16::from_f32(sum).to_ne_bytes());
 }
 
 #[cfg(test)]
