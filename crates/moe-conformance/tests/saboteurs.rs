@@ -72,6 +72,12 @@ fn combine_by_received_layout_ids_mori_475() {
 }
 
 #[test]
+fn sums_of_nodes_that_are_not_rounded() {
+    let cases = [("rows_none_ep4n2", "combine gives"), ("layer_none_ep8n4", "relative L2 error")];
+    comm_fails(BrokenComm::UnroundedNodes, &cases);
+}
+
+#[test]
 fn swapped_gate_and_up() {
     let cases = [("oracle_none_ep1", "relative L2 error"), ("oracle_block_ep2", "relative L2 error")];
     experts_fail(BrokenExperts::SwappedGateUp, &cases);

@@ -2,10 +2,10 @@
 
 use ep_transport::transport_of;
 use fused_moe_core::{
-    DType, Dispatched, Error, ExecCx, ExpertOut, KernelKind, MoeConfig, Plan, PrepareAndFinalize,
-    PrepareAndFinalizeModular, PrepareCaps, PrepareFinalize, PrepareFinalizeProvider, PrepareInput,
-    ProcessGroup, Rank, Result, Routed, Sent, Stage, Support, TensorView, TensorViewMut, TicketLedger,
-    WireBytes, phase,
+    DType, Dispatched, Error, ExecCx, ExpertOut, KernelKind, MoeConfig, PartialSums, Plan,
+    PrepareAndFinalize, PrepareAndFinalizeModular, PrepareCaps, PrepareFinalize, PrepareFinalizeProvider,
+    PrepareInput, ProcessGroup, Rank, Result, Routed, Sent, Stage, Support, TensorView, TensorViewMut,
+    TicketLedger, WireBytes, phase,
 };
 use half::bf16;
 
@@ -30,6 +30,8 @@ pub enum BrokenComm {
     DroppedSends,
     /// Combine rounds its sum to bf16 after every rank.
     NarrowSum,
+    /// Combine says that it rounds the sums of nodes, and does not.
+    UnroundedNodes,
 }
 
 impl PrepareFinalizeProvider for BrokenComm {
@@ -41,6 +43,9 @@ impl PrepareFinalizeProvider for BrokenComm {
         match ReferenceComm.supports(config, kind) {
             Support::Supported(mut caps) => {
                 caps.name = NAME;
+                if *self == BrokenComm::UnroundedNodes {
+                    caps.partial_sums = PartialSums::OfNodes { ranks_per_node: config.ranks_per_node };
+                }
                 Support::Supported(caps)
             }
             refused => refused,

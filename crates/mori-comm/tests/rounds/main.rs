@@ -1,0 +1,5 @@
+//! Rounds of random shapes, routings and nodes, against what the protocol promises bit by bit.
+
+mod protocol;
+mod tampered;
+mod world;
