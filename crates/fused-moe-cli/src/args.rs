@@ -27,6 +27,8 @@ pub enum Command {
     Matrix(MatrixArgs),
     /// Propose a placement of experts and replicas that balances recorded loads.
     Eplb(crate::eplb::EplbArgs),
+    /// Measure block sizes and task grain of the grouped GEMM on this machine, and write the table.
+    Tune(TuneArgs),
     /// Measure.
     #[command(subcommand)]
     Bench(BenchCommand),
@@ -160,9 +162,40 @@ pub struct RunArgs {
     /// Compare with the f64 oracle; an error above the tolerance is a failure.
     #[arg(long)]
     pub verify: bool,
+    /// Block sizes and task grain from this file of `fmoe tune`, instead of those that come with the program.
+    #[arg(long, value_name = "TABLE.toml")]
+    pub tuning: Option<PathBuf>,
     /// Print one JSON object.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Arguments of `fmoe tune`.
+#[derive(Clone, Debug, Args)]
+pub struct TuneArgs {
+    /// Shapes: TOML files as in benches/definitions, or built-in names.
+    #[arg(
+        long,
+        value_name = "NAME|FILE",
+        value_delimiter = ',',
+        default_value = "qwen3-30b-a3b,deepseek-v3-ep32"
+    )]
+    pub shapes: Vec<String>,
+    /// Tokens per call; those of the shape if not given.
+    #[arg(long, value_delimiter = ',')]
+    pub tokens: Vec<usize>,
+    /// Schemes of the weights: none and fp8-block.
+    #[arg(long, value_enum, value_delimiter = ',', default_values = ["none", "fp8-block"])]
+    pub quant: Vec<Quant>,
+    /// Threads; all cores if not given.
+    #[arg(long)]
+    pub threads: Option<std::num::NonZeroUsize>,
+    /// Timed calls per candidate, of which the median counts.
+    #[arg(long, default_value_t = 9)]
+    pub reps: usize,
+    /// File to write, instead of standard output.
+    #[arg(long, value_name = "TABLE.toml")]
+    pub output: Option<PathBuf>,
 }
 
 /// Arguments of `fmoe demo`.
@@ -259,6 +292,9 @@ pub struct BenchExpertsArgs {
     /// call, token by token.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["tokens", "reps"])]
     pub routing: Option<PathBuf>,
+    /// Block sizes and task grain from this file of `fmoe tune`, instead of those that come with the program.
+    #[arg(long, value_name = "TABLE.toml")]
+    pub tuning: Option<PathBuf>,
     /// Print one JSON object.
     #[arg(long)]
     pub json: bool,

@@ -1,5 +1,5 @@
 //! `fmoe bench`: what this machine does, beside what it can do at most.
 
-mod calls;
+pub mod calls;
 mod clock;
 pub mod experts;

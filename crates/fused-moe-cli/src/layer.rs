@@ -5,6 +5,7 @@ use fused_moe::{
     BackendOptions, DType, DeviceKind, ExpertMatrices, ExpertPlacement, ExpertWeights, Fp8Format, KernelKind,
     MoeConfig, Plan, QuantScheme, Rank, Registry, RoutingConfig, RoutingMethod, Selection, Survey,
 };
+use grouped_gemm::Executor;
 use moe_checkpoint::{Checkpoint, ExpertTensors, MoeLayer};
 use rayon::prelude::*;
 
@@ -97,8 +98,14 @@ pub fn config(layer: &MoeLayer<'_>, args: &LayerArgs, max_tokens: usize) -> Resu
 
 /// All backends, as the arguments set them.
 pub fn backends(args: &LayerArgs) -> Registry {
+    tuned_backends(args, None)
+}
+
+/// The same, multiplying with `executor` if there is one.
+pub fn tuned_backends(args: &LayerArgs, executor: Option<Executor>) -> Registry {
     let mut options = BackendOptions::default();
     options.sort_policy = args.sort_policy;
+    options.executor = executor;
     fused_moe::backends(options)
 }
 

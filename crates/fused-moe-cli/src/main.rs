@@ -23,6 +23,7 @@ mod report;
 mod run;
 mod synthetic;
 mod tokens;
+mod tune;
 mod verify;
 mod weights;
 
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
         Command::Plan(args) => plan::run(args),
         Command::Matrix(args) => matrix::run(*args),
         Command::Eplb(args) => eplb::run(args),
+        Command::Tune(args) => tune::run(args),
         Command::Bench(BenchCommand::Experts(args)) => bench::experts::run(args),
     };
     match done {

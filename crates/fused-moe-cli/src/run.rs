@@ -16,6 +16,7 @@ use crate::report::{
     BytesReport, PlanReport, RejectedReport, TimesReport, TrafficReport, human_bytes, print, print_json,
 };
 use crate::tokens::{HiddenStates, OutputFile};
+use crate::tune;
 use crate::verify::{self, Subject, Verdict};
 
 #[derive(Serialize)]
@@ -36,7 +37,8 @@ struct Report {
 
 /// Runs the command.
 pub fn run(args: &RunArgs) -> Result<(), Failure> {
-    let registry = layer::backends(&args.layer);
+    let executor = args.tuning.as_deref().map(tune::executor).transpose().or_refused()?;
+    let registry = layer::tuned_backends(&args.layer, executor);
     let selection = layer::selection(&args.layer);
     layer::check_names(&registry, selection)?;
     if args.ranks != Ranks::Threads {

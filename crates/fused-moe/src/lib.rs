@@ -70,6 +70,9 @@ pub use router;
 /// FP8 codecs and quantisers.
 pub use quant;
 
+/// What host experts multiply with.
+pub use grouped_gemm;
+
 /// Ranks and how they reach each other.
 pub use ep_transport as transport;
 
@@ -98,6 +101,8 @@ pub struct BackendOptions {
     /// How experts `aiter` sort rows by expert.
     #[cfg(feature = "aiter")]
     pub sort_policy: aiter_experts::SortPolicy,
+    /// What host experts multiply with: instruction set, threads, tuning table. Detected if not given.
+    pub executor: Option<grouped_gemm::Executor>,
 }
 
 /// The backends that this build was made with, best first.
@@ -116,7 +121,12 @@ pub fn backends(options: BackendOptions) -> Registry {
     let BackendOptions {
         #[cfg(feature = "aiter")]
         sort_policy,
+        #[cfg(any(feature = "aiter", feature = "batched", feature = "trtllm"))]
+        executor,
+        ..
     } = options;
+    #[cfg(any(feature = "aiter", feature = "batched", feature = "trtllm"))]
+    let executor = executor.unwrap_or_else(grouped_gemm::Executor::detect);
     let registry = Registry::new();
     #[cfg(feature = "naive")]
     let registry = registry.with_comm(naive_comm::Local);
@@ -127,13 +137,14 @@ pub fn backends(options: BackendOptions) -> Registry {
     #[cfg(feature = "batched")]
     let registry = registry.with_comm(batched_comm::Batched);
     #[cfg(feature = "aiter")]
-    let registry = registry.with_experts(aiter_experts::AiterExperts::new().with_sort_policy(sort_policy));
+    let registry = registry
+        .with_experts(aiter_experts::AiterExperts::with_executor(executor).with_sort_policy(sort_policy));
     #[cfg(feature = "batched")]
-    let registry = registry.with_experts(batched_experts::BatchedExperts::default());
+    let registry = registry.with_experts(batched_experts::BatchedExperts::with_executor(executor));
     // Behind the others, and monolithic experts last: `auto` keeps the router outside where both fit.
     #[cfg(feature = "trtllm")]
     let registry = registry
-        .with_experts(trtllm_experts::TrtllmRoutedExperts::default())
-        .with_experts(trtllm_experts::TrtllmExperts::default());
+        .with_experts(trtllm_experts::TrtllmRoutedExperts::with_executor(executor))
+        .with_experts(trtllm_experts::TrtllmExperts::with_executor(executor));
     registry
 }

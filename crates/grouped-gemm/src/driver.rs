@@ -36,6 +36,8 @@ pub(crate) const SCRATCH_WORDS: usize =
 /// One thread's share of the scratch. Its contents mean nothing between tasks.
 pub(crate) struct Worker<'a, K> {
     kernel: K,
+    /// Most rows of a tile whose fp8 codes are widened in registers.
+    fp8_tile_rows: usize,
     operands: &'a mut [u32],
     decoded: &'a mut [u32],
     sums: &'a mut [f32],
@@ -55,11 +57,12 @@ struct Packed {
 
 impl<'a, K: Kernel> Worker<'a, K> {
     /// `scratch` starts on a cache line and has at least [`SCRATCH_WORDS`].
-    pub(crate) fn new(kernel: K, scratch: &'a mut [u32]) -> Self {
+    pub(crate) fn new(kernel: K, fp8_tile_rows: usize, scratch: &'a mut [u32]) -> Self {
         let (operands, rest) = scratch.split_at_mut(OPERAND_WORDS);
         let (decoded, rest) = rest.split_at_mut(DECODED_WORDS);
         let (sums, scales) = floats(rest).split_at_mut(SUM_WORDS);
-        Worker { kernel, operands, decoded, sums, scales }
+        let fp8_tile_rows = fp8_tile_rows.min(K::FP8_TILE_ROWS);
+        Worker { kernel, fp8_tile_rows, operands, decoded, sums, scales }
     }
 
     pub(crate) fn run<W: PackedWeight>(
@@ -115,7 +118,7 @@ impl<'a, K: Kernel> Worker<'a, K> {
         let tiles = packed.rows.div_ceil(TILE_ROWS);
         let decodes = match lines {
             PanelPairs::Bf16(_) => false,
-            PanelPairs::Fp8 { .. } => packed.rows > K::FP8_TILE_ROWS,
+            PanelPairs::Fp8 { .. } => packed.rows > self.fp8_tile_rows,
             PanelPairs::Fp4(_) => true,
         };
         let step = if decodes { DECODED_PAIRS } else { packed.pairs.len() };

@@ -9,6 +9,16 @@ pub enum GemmError {
     /// The instruction set was forced on a machine that lacks it.
     #[error("instruction set {0} is not available on this machine")]
     IsaUnavailable(Isa),
+    /// A row of a tuning table with a value that the kernels cannot use.
+    #[error("tuned {name} is {value}, needs {wanted}")]
+    Tuning {
+        /// The value's name in the table.
+        name: &'static str,
+        /// What it is.
+        value: usize,
+        /// What it may be.
+        wanted: &'static str,
+    },
     /// A weight matrix with no rows or no columns.
     #[error("weight [{n}, {k}] is empty")]
     EmptyWeight {

@@ -13,6 +13,7 @@ use quant::fp4::{E8M0_NAN, MX_GROUP, NV_GROUP, VALUES};
 use crate::aligned::Aligned;
 use crate::panel::{Columns, PANEL, PackedShape, PanelPairs, for_each_column};
 use crate::scale::{ColumnTerms, PackedScale, gate_up_shape};
+use crate::tuning::WeightKind;
 use crate::weights::{PackedWeight, row_of, sealed};
 use crate::{Fp8Kind, GemmError};
 
@@ -232,6 +233,8 @@ fn columns_of(shape: &PackedShape, parts: &[&[u8]], lines: usize) -> Aligned<u8>
 }
 
 impl PackedWeight for PackedFp4 {
+    const KIND: WeightKind = WeightKind::Fp4;
+
     fn shape(&self) -> &PackedShape {
         &self.shape
     }

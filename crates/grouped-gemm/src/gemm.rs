@@ -8,10 +8,11 @@ use crate::activations::Activations;
 use crate::aligned::{LINE, words};
 use crate::driver::{SCRATCH_WORDS, Worker};
 use crate::kernel::Kernel;
-use crate::panel::Columns;
+use crate::panel::{Columns, PackedShape};
 use crate::portable::Portable;
 use crate::sink::RowSink;
 use crate::tasks::{Cursor, Cut};
+use crate::tuning::{TuneKey, Tuning, TuningTable};
 use crate::weights::PackedWeight;
 use crate::{Epilogue, GemmError, Isa};
 
@@ -135,13 +136,14 @@ fn check_rows(what: &'static str, found: usize, wanted: usize) -> Result<(), Gem
 pub struct Executor {
     isa: Isa,
     threads: NonZeroUsize,
+    tuning: Option<&'static TuningTable>,
 }
 
 impl Executor {
     /// The machine's fastest instruction set, and as many threads as rayon's global pool has.
     pub fn detect() -> Self {
         let threads = NonZeroUsize::new(rayon::current_num_threads()).unwrap_or(NonZeroUsize::MIN);
-        Executor { isa: Isa::detect(), threads }
+        Executor { isa: Isa::detect(), threads, tuning: None }
     }
 
     /// A forced instruction set, and at most `threads` threads for a call, the caller's included.
@@ -149,7 +151,17 @@ impl Executor {
     /// # Errors
     /// The machine lacks the instruction set.
     pub fn new(isa: Isa, threads: NonZeroUsize) -> Result<Self, GemmError> {
-        if isa.is_available() { Ok(Executor { isa, threads }) } else { Err(GemmError::IsaUnavailable(isa)) }
+        if isa.is_available() {
+            Ok(Executor { isa, threads, tuning: None })
+        } else {
+            Err(GemmError::IsaUnavailable(isa))
+        }
+    }
+
+    /// The same with block sizes and task grain from `table`, which lives as long as the program: `Box::leak` one that
+    /// was read from a file.
+    pub fn with_tuning(self, table: &'static TuningTable) -> Self {
+        Executor { tuning: Some(table), ..self }
     }
 
     /// The instruction set in use.
@@ -206,6 +218,16 @@ impl Executor {
         Ok(())
     }
 
+    /// What the tuning table is asked for.
+    fn key<W: PackedWeight>(&self, gemm: &GroupedGemm<'_, W>, weight: &W) -> TuneKey {
+        let groups = gemm.groups.iter().filter(|group| !group.rows.is_empty());
+        let (experts, rows) =
+            groups.fold((0, 0), |(experts, rows), group| (experts + 1, rows + group.rows.len()));
+        let &PackedShape { n, k, .. } = weight.shape();
+        let (rows, threads) = (TuneKey::rows_per_expert(rows, experts), self.threads.get());
+        TuneKey { weights: W::KIND, n, k, rows, threads }
+    }
+
     fn drive<K: Kernel, W: PackedWeight>(
         &self,
         kernel: K,
@@ -214,12 +236,14 @@ impl Executor {
         sink: &impl RowSink,
     ) {
         let Some(weight) = gemm.weights.first() else { return };
-        let panels = weight.shape().panels();
-        let cut = Cut::new(gemm.groups, panels, weight.bytes() / panels, self.threads.get());
+        let shape = weight.shape();
+        let tuning = self.tuning.map_or(Tuning::HEURISTIC, |table| table.tuning(self.key(gemm, weight)));
+        let (panels, threads) = (shape.panels(), self.threads.get());
+        let cut = Cut::new(&tuning, gemm.groups, panels, weight.bytes() / panels, threads);
         let workers = self.threads.get().min(cut.count(gemm.groups));
         let next = AtomicUsize::new(0);
         let work = |scratch: &mut [u32]| {
-            let mut worker = Worker::new(kernel, scratch);
+            let mut worker = Worker::new(kernel, tuning.fp8_tile_rows, scratch);
             let mut cursor = Cursor::new(cut, gemm.groups);
             while let Some(task) = cursor.seek(next.fetch_add(1, Ordering::Relaxed)) {
                 worker.run(gemm, task, sink);

@@ -60,6 +60,7 @@ pub mod probe;
 mod scale;
 mod sink;
 mod tasks;
+mod tuning;
 mod weights;
 
 pub use error::GemmError;
@@ -75,3 +76,4 @@ pub use activations::{ActivationScale, Activations, Rows};
 pub use epilogue::Epilogue;
 pub use gemm::{Executor, Group, GroupedGemm};
 pub use sink::{Bf16Rows, F32Rows, RowSink};
+pub use tuning::{TuneFile, TuneKey, TuneRow, Tuning, TuningTable, WeightKind, cpu_model};

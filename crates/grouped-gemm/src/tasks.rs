@@ -6,24 +6,20 @@
 
 use std::ops::Range;
 
-use crate::Group;
 use crate::kernel::TILE_ROWS;
+use crate::{Group, Tuning};
 
 /// Most rows of a task.
 pub(crate) const CHUNK_ROWS: usize = 96;
 /// Panels whose sums a worker holds at once. Their results are a multiple of 128 columns, plain or
 /// joined.
 pub(crate) const SUM_PANELS: usize = 4;
-/// Tasks for each worker below which tasks are made smaller.
-const TASKS_PER_WORKER: usize = 16;
-/// Bytes of weights of one span that are sure to stay in the shared cache between row chunks.
-const SPAN_BYTES: usize = 4 << 20;
 
 /// One expert's rows times a run of its panels.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Task {
     pub(crate) group: usize,
-    /// Sorted rows, at most [`CHUNK_ROWS`].
+    /// Sorted rows, at most as many as the tuning says.
     pub(crate) rows: Range<usize>,
     pub(crate) panels: Range<usize>,
 }
@@ -31,21 +27,34 @@ pub(crate) struct Task {
 /// How the work is cut. Results do not depend on it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Cut {
+    /// Most rows of a task.
+    chunk_rows: usize,
     panels: usize,
     /// Panels of a task, a multiple of [`SUM_PANELS`].
     span: usize,
 }
 
 impl Cut {
-    pub(crate) fn new(groups: &[Group], panels: usize, panel_bytes: usize, workers: usize) -> Self {
-        let finest: usize =
-            groups.iter().map(|group| row_chunks(&group.rows) * panels.div_ceil(SUM_PANELS)).sum();
-        let by_count = finest / (TASKS_PER_WORKER * workers);
-        let by_bytes = SPAN_BYTES / (SUM_PANELS * panel_bytes).max(1);
+    pub(crate) fn new(
+        tuning: &Tuning,
+        groups: &[Group],
+        panels: usize,
+        panel_bytes: usize,
+        workers: usize,
+    ) -> Self {
+        let mut cut = Cut { chunk_rows: tuning.chunk_rows, panels, span: SUM_PANELS };
+        let finest = cut.count(groups);
+        let by_count = finest / (tuning.tasks_per_thread * workers);
+        let by_bytes = tuning.span_bytes / (SUM_PANELS * panel_bytes).max(1);
         let longest =
-            if groups.iter().any(|group| row_chunks(&group.rows) > 1) { by_bytes } else { usize::MAX };
+            if groups.iter().any(|group| cut.row_chunks(&group.rows) > 1) { by_bytes } else { usize::MAX };
         let span = by_count.min(longest).clamp(1, panels.div_ceil(SUM_PANELS).max(1));
-        Cut { panels, span: span * SUM_PANELS }
+        cut.span = span * SUM_PANELS;
+        cut
+    }
+
+    fn row_chunks(&self, rows: &Range<usize>) -> usize {
+        rows.len().div_ceil(self.chunk_rows)
     }
 
     fn spans(&self) -> usize {
@@ -54,7 +63,7 @@ impl Cut {
 
     /// Number of tasks of all groups.
     pub(crate) fn count(&self, groups: &[Group]) -> usize {
-        groups.iter().map(|group| row_chunks(&group.rows) * self.spans()).sum()
+        groups.iter().map(|group| self.row_chunks(&group.rows) * self.spans()).sum()
     }
 }
 
@@ -76,7 +85,7 @@ impl<'a> Cursor<'a> {
     pub(crate) fn seek(&mut self, number: usize) -> Option<Task> {
         loop {
             let rows = &self.groups.get(self.group)?.rows;
-            let chunks = row_chunks(rows);
+            let chunks = self.cut.row_chunks(rows);
             let at = number - self.first;
             if at < chunks * self.cut.spans() {
                 let span = at / chunks * self.cut.span;
@@ -92,10 +101,6 @@ impl<'a> Cursor<'a> {
             self.group += 1;
         }
     }
-}
-
-fn row_chunks(rows: &Range<usize>) -> usize {
-    rows.len().div_ceil(CHUNK_ROWS)
 }
 
 #[cfg(test)]
@@ -115,14 +120,15 @@ mod tests {
             .collect();
         let rows = groups.last().unwrap().rows.end;
         for panels in [1, 4, 5, 24, 33] {
-            for workers in [1, 2, 64] {
-                let cut = Cut::new(&groups, panels, 64 * 2048 * 2, workers);
+            for (workers, chunk_rows) in [(1, 96), (2, 96), (64, 96), (2, 48), (1, 6)] {
+                let tuning = Tuning { chunk_rows, ..Tuning::HEURISTIC };
+                let cut = Cut::new(&tuning, &groups, panels, 64 * 2048 * 2, workers);
                 let mut seen = vec![0; rows * panels];
                 let mut cursor = Cursor::new(cut, &groups);
                 let tasks: Vec<_> = (0..).map_while(|number| cursor.seek(number)).collect();
                 assert_eq!(tasks.len(), cut.count(&groups));
                 for task in tasks {
-                    assert!(task.rows.len() <= CHUNK_ROWS);
+                    assert!(task.rows.len() <= chunk_rows);
                     assert!(task.panels.start.is_multiple_of(SUM_PANELS));
                     for row in task.rows {
                         assert!(groups[task.group].rows.contains(&row));

@@ -7,6 +7,7 @@ use half::bf16;
 use crate::aligned::Aligned;
 use crate::panel::{Columns, PANEL, PackedShape, PanelPairs, for_each_column, fp8_offset};
 use crate::scale::{ColumnTerms, PackedScale, gate_up_shape};
+use crate::tuning::WeightKind;
 use crate::{Fp8Kind, GemmError, WeightScale};
 
 /// A row-major weight `[n, k]` as a checkpoint stores it: `y = x · Wᵀ`.
@@ -47,6 +48,9 @@ pub struct Fp8Weight<'a> {
 
 /// The weights that [`GroupedGemm`](crate::GroupedGemm) multiplies with. The set is closed.
 pub trait PackedWeight: Sync + sealed::Sealed {
+    /// How it is stored.
+    const KIND: WeightKind;
+
     /// Shape and column order.
     fn shape(&self) -> &PackedShape;
     /// Bytes of memory held: weights with their padding, scales, and bias.
@@ -219,6 +223,8 @@ impl Fp8Weight<'_> {
 }
 
 impl PackedWeight for PackedBf16 {
+    const KIND: WeightKind = WeightKind::Bf16;
+
     fn shape(&self) -> &PackedShape {
         &self.shape
     }
@@ -244,6 +250,8 @@ impl sealed::Sealed for PackedBf16 {
 }
 
 impl PackedWeight for PackedFp8 {
+    const KIND: WeightKind = WeightKind::Fp8;
+
     fn shape(&self) -> &PackedShape {
         &self.shape
     }

@@ -8,8 +8,8 @@ use std::time::Duration;
 use anyhow::{Context, anyhow, bail};
 use fused_moe::transport::{Endpoint, ThreadOptions, run_ranks};
 use fused_moe::{
-    Activation, Call, DType, DeviceKind, ExpertPlacement, FusedMoEKernel, MoeConfig, Overlap, ProcessGroup,
-    QuantScheme, Rank, Selection, Stream, TensorView, TensorViewMut, TopK,
+    Activation, BackendOptions, Call, DType, DeviceKind, ExpertPlacement, FusedMoEKernel, MoeConfig, Overlap,
+    ProcessGroup, QuantScheme, Rank, Registry, Selection, Stream, TensorView, TensorViewMut, TopK,
 };
 use grouped_gemm::probe;
 use half::bf16;
@@ -25,17 +25,24 @@ use crate::exit::{Failure, OrFailure, refused};
 use crate::layer::scheme;
 use crate::report::{print, print_json};
 use crate::synthetic::normal;
+use crate::tune;
 use crate::weights::{LoadedExpert, LoadedMatrix};
 
 /// A layer shape, as in `benches/definitions`.
 #[derive(Clone, Debug, Deserialize)]
-struct Shape {
-    name: String,
-    hidden: usize,
-    intermediate: usize,
-    experts: usize,
-    top_k: usize,
-    tokens: Vec<usize>,
+pub struct Shape {
+    /// As printed and recorded.
+    pub name: String,
+    /// Elements of a token.
+    pub hidden: usize,
+    /// Rows of gate and of up.
+    pub intermediate: usize,
+    /// Experts.
+    pub experts: usize,
+    /// Of these, experts per token.
+    pub top_k: usize,
+    /// Numbers of tokens to measure.
+    pub tokens: Vec<usize>,
 }
 
 /// The files of `benches/definitions`, by name.
@@ -49,7 +56,8 @@ const BUILT_IN: [(&str, &str); 6] = [
 ];
 
 impl Shape {
-    fn named(name: &str) -> anyhow::Result<Self> {
+    /// A built-in shape, or one of a file.
+    pub fn named(name: &str) -> anyhow::Result<Self> {
         let text = match BUILT_IN.iter().find(|(built_in, _)| *built_in == name) {
             Some((_, text)) => (*text).to_string(),
             None => std::fs::read_to_string(Path::new(name)).with_context(|| {
@@ -63,7 +71,7 @@ impl Shape {
 
 impl Shape {
     /// Refuses sizes that cannot be measured; what no backend runs is found out later.
-    fn check(&self, tokens: &[usize]) -> anyhow::Result<()> {
+    pub fn check(&self, tokens: &[usize]) -> anyhow::Result<()> {
         let Shape { hidden, intermediate, experts, top_k, .. } = *self;
         // 2^40 bytes of weights are beyond what is measured on a host.
         let elements = hidden.checked_mul(intermediate).and_then(|n| n.checked_mul(experts));
@@ -159,12 +167,16 @@ pub fn run(args: &BenchExpertsArgs) -> Result<(), Failure> {
         None => tokens.iter().map(|&tokens| Calls::uniform(experts, top_k, tokens, args.reps)).collect(),
     };
 
+    let mut options = BackendOptions::default();
+    options.executor = args.tuning.as_deref().map(tune::executor).transpose().or_refused()?;
+    let registry = fused_moe::backends(options);
     let before = Roof::probe(threads);
     let clock = if ep_size == 1 { Clock::for_threads(threads.get()) } else { Clock::Wall };
     let mut measured = Vec::new();
     for quant in schemes {
         let most = calls.iter().map(|calls| calls.tokens).max().unwrap_or(1);
-        let bench = Bench::new(&shape, ep_size, scheme(quant, QuantScheme::Unquantized), most).or_failed()?;
+        let bench = Bench::new(&registry, &shape, ep_size, scheme(quant, QuantScheme::Unquantized), most)
+            .or_failed()?;
         for calls in &calls {
             measured.push(bench.measure(calls, clock).or_failed()?);
         }
@@ -236,13 +248,20 @@ pub fn run(args: &BenchExpertsArgs) -> Result<(), Failure> {
 /// A layer of random experts, packed.
 struct Bench<'s> {
     shape: &'s Shape,
+    registry: &'s Registry,
     config: MoeConfig,
     /// Of each rank.
     weights: Vec<fused_moe::ExpertWeights>,
 }
 
 impl<'s> Bench<'s> {
-    fn new(shape: &'s Shape, ep_size: usize, quant: QuantScheme, max_tokens: usize) -> anyhow::Result<Self> {
+    fn new(
+        registry: &'s Registry,
+        shape: &'s Shape,
+        ep_size: usize,
+        quant: QuantScheme,
+        max_tokens: usize,
+    ) -> anyhow::Result<Self> {
         let Shape { hidden, intermediate, experts, top_k, .. } = *shape;
         let config = MoeConfig {
             hidden,
@@ -274,7 +293,6 @@ impl<'s> Bench<'s> {
             up: matrix(intermediate, hidden)?,
             down: matrix(hidden, intermediate)?,
         };
-        let registry = fused_moe::default_backends();
         let plan = registry.survey(&config, Selection::default())?.fitting.into_iter().next();
         let plan = plan.ok_or_else(|| anyhow!("no backend runs {quant}"))?;
         let provider = registry.experts(plan.experts())?;
@@ -283,7 +301,7 @@ impl<'s> Bench<'s> {
             provider.pack(&config, Rank(rank), &vec![expert.view()?; local]).map_err(anyhow::Error::from)
         };
         let weights = (0..ep_size as u32).map(pack).collect::<anyhow::Result<_>>()?;
-        Ok(Self { shape, config, weights })
+        Ok(Self { shape, registry, config, weights })
     }
 
     fn measure(&self, calls: &Calls, clock: Clock) -> anyhow::Result<Measured> {
@@ -312,9 +330,8 @@ impl<'s> Bench<'s> {
         let (transport, rank) = (group.transport(), group.rank());
         let part = share(calls.tokens, self.weights.len(), rank);
         let tokens = part.len();
-        let registry = fused_moe::default_backends();
         let FusedMoEKernel::Modular(mut kernel) =
-            registry.build(&self.config, Selection::default(), group)?
+            self.registry.build(&self.config, Selection::default(), group)?
         else {
             return Err(anyhow!("the first backend is not modular"));
         };
