@@ -29,6 +29,12 @@ impl Deadline {
         Self::after(self.remaining().unwrap_or_default() / 2)
     }
 
+    /// The deadline `by` later.
+    #[cfg(feature = "mpi")]
+    pub(crate) fn later(self, by: Duration) -> Self {
+        Self(self.0.checked_add(by).unwrap_or(self.0))
+    }
+
     /// Time left; `None` once the deadline has passed.
     pub fn remaining(self) -> Option<Duration> {
         self.0.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())

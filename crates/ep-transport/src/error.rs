@@ -21,6 +21,10 @@ pub enum Awaited {
     },
     /// The peer's part in a collective.
     Collective(Collective),
+    /// That what this rank wrote to the peer has arrived.
+    Completion,
+    /// The peer's part in taking down the group.
+    Shutdown,
 }
 
 impl std::fmt::Display for Awaited {
@@ -30,6 +34,8 @@ impl std::fmt::Display for Awaited {
                 write!(f, "signal word {} is {last_seen}, awaited {until}", word.0)
             }
             Awaited::Collective(operation) => write!(f, "awaited in {operation}"),
+            Awaited::Completion => f.write_str("awaited the arrival of puts"),
+            Awaited::Shutdown => f.write_str("awaited to take the group down"),
         }
     }
 }
@@ -196,6 +202,20 @@ pub enum TransportError {
         /// Ranks on each node.
         ranks_per_node: usize,
     },
+    /// Nodes that are larger than what the machines of an MPI job run.
+    #[error("{ranks} ranks on nodes as asked for do not fit machines that run {hosts:?} ranks")]
+    Placement {
+        /// Ranks in the group.
+        ranks: usize,
+        /// Ranks of the job on each machine.
+        hosts: Vec<usize>,
+    },
+    /// MPI cannot be used.
+    #[error("MPI: {what}")]
+    Mpi {
+        /// Why.
+        what: String,
+    },
     /// The operating system refused a thread for a rank.
     #[error("no thread for {rank}: {kind}")]
     Spawn {
@@ -255,6 +275,8 @@ impl TransportError {
             TransportError::Topology { .. }
             | TransportError::Excluded { .. }
             | TransportError::FailStop
+            | TransportError::Placement { .. }
+            | TransportError::Mpi { .. }
             | TransportError::Spawn { .. }
             | TransportError::Rendezvous { .. }
             | TransportError::System { .. } => ErrorKind::Other,

@@ -35,10 +35,11 @@
 //! # Ok::<(), ep_transport::TransportError>(())
 //! ```
 //!
-//! Ranks are [threads of one process](ThreadGroup) or, on Linux, [processes of one machine](join_processes); either
-//! can pretend to be on several nodes. The traits leave room for MPI one-sided: no operation needs a peer's memory to
-//! be mapped, and the atomic ones are confined to a node. A group that lost ranks goes on without them by
-//! [`shrink`](Transport::shrink). There is no network engine here, and no device memory.
+//! Ranks are [threads of one process](ThreadGroup) or, on Linux, [processes of one machine](join_processes), or with
+//! feature `mpi` processes of an MPI job (`MpiWorld`) on any number of machines; all of them can pretend to be on more
+//! nodes than they are. No operation needs a peer's memory to be mapped, and the atomic ones are confined to a node. A
+//! group of threads or processes that lost ranks goes on without them by [`shrink`](Transport::shrink). There is no
+//! network engine here, and no device memory.
 
 mod cursor;
 mod deadline;
@@ -47,6 +48,8 @@ mod endpoint;
 mod error;
 mod handshake;
 mod heap;
+#[cfg(feature = "mpi")]
+mod mpi;
 #[cfg(target_os = "linux")]
 mod processes;
 mod segment;
@@ -71,6 +74,8 @@ pub use status::{Status, StatusBoard};
 pub use streaming::copy_streaming;
 pub use traffic::Traffic;
 
+#[cfg(feature = "mpi")]
+pub use mpi::{MpiOptions, MpiRank, MpiWorld};
 #[cfg(target_os = "linux")]
 pub use processes::{NoToken, ProcessOptions, Rendezvous, Token, join_processes};
 pub use shared::SharedRank;

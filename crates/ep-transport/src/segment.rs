@@ -15,6 +15,8 @@ pub(crate) struct Segment {
     start: NonNull<u8>,
     size: HeapSize,
     words_start: usize,
+    /// Whether the memory goes with the segment.
+    is_owner: bool,
 }
 
 // SAFETY: a segment is memory without an owner thread; words are accessed atomically only, and who accesses which
@@ -32,7 +34,17 @@ impl Segment {
         if bytes > isize::MAX as usize {
             return None;
         }
-        Some(Self { start: map_zeroed(bytes)?, size, words_start })
+        Some(Self { start: map_zeroed(bytes)?, size, words_start, is_owner: true })
+    }
+
+    /// A segment in memory that belongs to someone else.
+    ///
+    /// # Safety
+    /// `start` is aligned to [`HEAP_ALIGN`](crate::HEAP_ALIGN) and the start of `size.required_bytes()` initialised bytes,
+    /// which stay mapped as long as the segment. Words are accessed atomically only.
+    #[cfg(feature = "mpi")]
+    pub(crate) unsafe fn lent(start: NonNull<u8>, size: HeapSize) -> Option<Self> {
+        Some(Self { start, size, words_start: size.words_start()?, is_owner: false })
     }
 
     /// Maps zeroed memory that other processes map as well: `size` from `offset` on in `file`, a multiple of the
@@ -65,7 +77,7 @@ impl Segment {
         };
         let start = NonNull::new(start.cast::<u8>()).ok_or(std::io::ErrorKind::OutOfMemory)?;
         advise_huge_pages(start, bytes);
-        Ok(Self { start, size, words_start })
+        Ok(Self { start, size, words_start, is_owner: true })
     }
 
     pub(crate) fn size(&self) -> HeapSize {
@@ -95,6 +107,9 @@ impl Segment {
 
 impl Drop for Segment {
     fn drop(&mut self) {
+        if !self.is_owner {
+            return;
+        }
         // SAFETY: `start` came from `map_zeroed` with this very size, and no reference into the segment outlives
         // the heap handles that keep it.
         unsafe { unmap(self.start, self.size.required_bytes()) }

@@ -23,6 +23,8 @@ pub enum Collective {
     Allocate,
     /// [`Transport::shrink`].
     Shrink,
+    /// Making a group of some ranks of a larger one.
+    Split,
 }
 
 impl Collective {
@@ -33,11 +35,12 @@ impl Collective {
             Collective::Barrier => 2,
             Collective::Allocate => 3,
             Collective::Shrink => 4,
+            Collective::Split => 5,
         }
     }
 
     pub(crate) fn from_code(code: u64) -> Option<Self> {
-        [Self::AllGather, Self::Barrier, Self::Allocate, Self::Shrink]
+        [Self::AllGather, Self::Barrier, Self::Allocate, Self::Shrink, Self::Split]
             .into_iter()
             .find(|operation| operation.code() == code)
     }
@@ -50,6 +53,7 @@ impl std::fmt::Display for Collective {
             Collective::Barrier => "barrier",
             Collective::Allocate => "allocate",
             Collective::Shrink => "shrink",
+            Collective::Split => "split",
         })
     }
 }

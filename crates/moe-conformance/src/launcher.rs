@@ -95,7 +95,7 @@ where
     ) -> Result<Vec<Vec<u8>>, Outcome> {
         let group = match (self.split)(spec) {
             Ok(group) => group,
-            Err(TransportError::Topology { .. }) => {
+            Err(TransportError::Topology { .. } | TransportError::Placement { .. }) => {
                 let wanted = format!("{} ranks on nodes of {}", spec.ranks, spec.ranks_per_node);
                 let offered = format!("what fits into {} ranks as they are placed", self.world.world_size());
                 return Err(Outcome::Refused(vec![Unsupported::new(Axis::Parallel, wanted, offered)]));
