@@ -82,7 +82,7 @@ impl Shape {
     pub fn local_bytes(&self) -> usize {
         let staged = self.max_tokens.saturating_mul(self.payload_bytes.saturating_add(self.scale_bytes));
         let cells = self.ranks * self.max_experts;
-        let words = [self.slots(), cells, cells, self.max_experts, self.hidden];
+        let words = [self.slots(), cells, cells, self.max_experts];
         let words = words.into_iter().fold(0, usize::saturating_add);
         staged.saturating_add(words.saturating_mul(size_of::<u32>()))
     }

@@ -22,10 +22,11 @@ use fused_moe_core::{
     Allocation, Arrived, DType, Device, Dispatched, Error, ExecCx, ExpertOut, Fault, GlobalExpertId, Layout,
     LocalExpertId, MoeConfig, Outstanding, Plan, PrepareAndFinalize, PrepareAndFinalizeModular, PrepareCaps,
     PrepareInput, Rank, Result, Routed, RouterWeight, Routing, Sent, Source, Stage, TensorView,
-    TensorViewMut, TicketLedger, TokensPerExpert, ViewError, check_output, phase,
+    TensorViewMut, TicketLedger, TokensPerExpert, check_output, phase,
 };
 use half::bf16;
-use quant::{Activations, QuantError, Quantizer};
+use quant::{Activations, Isa, QuantError, Quantizer, Term, sum_rows};
+use smallvec::SmallVec;
 
 use crate::NAME;
 use crate::buffers::{Buffers, Region, Shape};
@@ -67,7 +68,6 @@ pub(crate) struct LowLatency {
     buffers: Buffers,
     staged: Staged,
     received: Received,
-    sum: Vec<f32>,
     heap: Arc<dyn Heap>,
     transport: Arc<dyn Transport>,
 }
@@ -100,7 +100,6 @@ impl LowLatency {
                 counts: vec![Word::default(); cells],
             },
             received: Received { by_source: vec![0; cells], tokens: vec![0; shape.max_experts] },
-            sum: vec![0.0; shape.hidden],
             config: config.clone(),
             caps,
             shape,
@@ -278,23 +277,25 @@ impl LowLatency {
         Ok(())
     }
 
-    /// Weights and sums the outputs of this rank's own tokens, slot by slot in f32, rounded once.
-    fn combine(&mut self, routing: &Routing, out: &mut TensorViewMut<'_>) -> Result<(), Source> {
-        let Self { shape, config, buffers, sum, heap, .. } = self;
+    /// Weights and sums the outputs of this rank's own tokens, in slot order.
+    fn combine(&self, routing: &Routing, out: &mut TensorViewMut<'_>) -> Result<(), Source> {
+        let Self { shape, config, buffers, heap, .. } = self;
+        let isa = Isa::detect();
         for token in 0..routing.num_tokens() {
-            sum.fill(0.0);
+            // More slots than these are rare, and cost an allocation.
+            let mut terms = SmallVec::<[Term<'_>; 16]>::new();
             let slots = token * shape.top_k..(token + 1) * shape.top_k;
             for slot in slots.filter(|&slot| owner(config, routing.ids()[slot]).is_some()) {
                 let weight = if self.weight_on_input { 1.0 } else { routing.weights()[slot] };
                 // SAFETY: all ranks have posted that their outputs are here, and they write them again only
                 // after this rank's dispatch status of the next round.
                 let output = unsafe { heap.local(buffers.outputs.row(slot), buffers.outputs.row_bytes)? };
-                let (output, _) = output.as_chunks::<2>();
-                for (sum, &value) in sum.iter_mut().zip(output) {
-                    *sum += weight * bf16::from_ne_bytes(value).to_f32();
-                }
+                terms.push(Term { row: elements_of(output), weight });
             }
-            store(out, token, sum)?;
+            match out.dtype() {
+                DType::F32 => sum_rows(isa, &terms, out.row_mut::<f32>(token)?),
+                _ => sum_rows(isa, &terms, out.row_mut::<bf16>(token)?),
+            }
         }
         Ok(())
     }
@@ -306,15 +307,12 @@ fn owner(config: &MoeConfig, id: i32) -> Option<(Rank, LocalExpertId)> {
     Some((rank, config.placement.local_id(GlobalExpertId(id as u32))?))
 }
 
-/// Writes a row of sums, rounded to the output's element type.
-fn store(out: &mut TensorViewMut<'_>, row: usize, sums: &[f32]) -> Result<(), ViewError> {
-    if out.dtype() == DType::F32 {
-        out.row_mut::<f32>(row)?.copy_from_slice(sums);
-    } else {
-        let row = out.row_mut::<bf16>(row)?;
-        row.iter_mut().zip(sums).for_each(|(out, &sum)| *out = bf16::from_f32(sum));
-    }
-    Ok(())
+/// `bytes` of a region as elements.
+fn elements_of(bytes: &[u8]) -> &[bf16] {
+    // SAFETY: any two bytes are a bf16.
+    let (before, elements, behind) = unsafe { bytes.align_to() };
+    assert!(before.is_empty() && behind.is_empty(), "a row of a region begins and ends with an element");
+    elements
 }
 
 fn bytes_of(values: &[bf16]) -> &[u8] {
@@ -330,7 +328,7 @@ impl PrepareAndFinalize for LowLatency {
     fn allocated_bytes(&self) -> usize {
         let Staged { payload, scales, slots, counts } = &self.staged;
         let Received { by_source, tokens } = &self.received;
-        let words = slots.len() + counts.len() + by_source.len() + tokens.len() + self.sum.len();
+        let words = slots.len() + counts.len() + by_source.len() + tokens.len();
         self.heap.size().required_bytes() + payload.len() + scales.len() + words * size_of::<u32>()
     }
 

@@ -39,7 +39,6 @@ use ep_transport::{
     Deadline, Heap, HeapLayout, HeapSize, Payload, Result, Status, StatusBoard, SymOffset, Transport,
 };
 use fused_moe_core::{Fault, MoeConfig, Outstanding, Plan, Rank};
-use half::bf16;
 
 use crate::exchange::{Exchange, Outputs, Received, Verdict};
 use crate::row::{COLUMNS, Column, columns, elements_of, elements_of_mut};
@@ -201,7 +200,7 @@ impl AllGather {
         // SAFETY: the rows of this rank are put to by no other.
         let sums = unsafe { self.heap.local_mut(offset, self.shape.outputs.bytes(rows))? };
         for (row, sums) in elements_of_mut(sums).chunks_exact_mut(self.shape.hidden).enumerate() {
-            partials.sum_row(row, sums, bf16::from_f32);
+            partials.sum_row(row, sums);
         }
         for to in self.ranks() {
             if to != me {
@@ -344,6 +343,7 @@ mod tests {
         Activation, DType, DeviceKind, ExpertPlacement, ExpertsCaps, KernelKind, PrepareFinalizeProvider,
         QuantScheme, Support, WireFormat, negotiate,
     };
+    use half::bf16;
 
     use super::*;
     use crate::Naive;

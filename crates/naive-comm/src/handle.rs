@@ -218,8 +218,8 @@ fn write_rows(partials: Partials<'_>, tokens: usize, mut out: TensorViewMut<'_>)
     }
     for row in 0..tokens {
         match out.dtype() {
-            DType::F32 => partials.sum_row(row, out.row_mut(row)?, |sum| sum),
-            _ => partials.sum_row(row, out.row_mut(row)?, bf16::from_f32),
+            DType::F32 => partials.sum_row(row, out.row_mut::<f32>(row)?),
+            _ => partials.sum_row(row, out.row_mut::<bf16>(row)?),
         }
     }
     Ok(())

@@ -1,9 +1,8 @@
 //! Partial sums of this rank's own rows, and their sum.
 
 use half::bf16;
-
-/// Elements that are summed at a time: their f32 accumulators fit in registers and the first cache.
-const CHUNK: usize = 128;
+use quant::{Isa, SumElement, Term, sum_rows};
+use smallvec::SmallVec;
 
 /// `[ranks, max_tokens, hidden]`: what the experts of each rank contribute to this rank's tokens.
 #[derive(Clone, Copy, Debug)]
@@ -16,24 +15,14 @@ pub(crate) struct Partials<'a> {
     pub(crate) hidden: usize,
 }
 
-impl Partials<'_> {
+impl<'a> Partials<'a> {
     /// Sums row `row` over the ranks, in rank order in f32, and writes each element rounded once to `out`.
-    pub(crate) fn sum_row<T>(&self, row: usize, out: &mut [T], round: impl Fn(f32) -> T) {
-        for (index, out) in out.chunks_mut(CHUNK).enumerate() {
-            let mut sums = [0f32; CHUNK];
-            let sums = &mut sums[..out.len()];
-            let start = row * self.hidden + index * CHUNK;
-            for (rank, slots) in self.elements.chunks_exact(self.max_tokens * self.hidden).enumerate() {
-                let partial = &slots[start..start + sums.len()];
-                if rank == 0 {
-                    // Assigned, not added to +0, so that the sum of one negative zero keeps its sign.
-                    sums.iter_mut().zip(partial).for_each(|(sum, x)| *sum = x.to_f32());
-                } else {
-                    sums.iter_mut().zip(partial).for_each(|(sum, x)| *sum += x.to_f32());
-                }
-            }
-            out.iter_mut().zip(sums).for_each(|(out, sum)| *out = round(*sum));
-        }
+    pub(crate) fn sum_row<T: SumElement>(&self, row: usize, out: &mut [T]) {
+        let of_rank = |slots: &'a [bf16]| Term::of(&slots[row * self.hidden..][..self.hidden]);
+        let ranks = self.elements.chunks_exact(self.max_tokens * self.hidden);
+        // More ranks than these are rare, and cost an allocation.
+        let terms: SmallVec<[Term<'_>; 16]> = ranks.map(of_rank).collect();
+        sum_rows(Isa::detect(), &terms, out);
     }
 }
 
@@ -44,16 +33,16 @@ mod tests {
     #[test]
     fn the_order_is_that_of_the_ranks_and_the_rounding_is_one() {
         // 2^24 + 1 + 1 in f32 is 2^24 from the left, and 2^24 + 2 from the right.
-        let (max_tokens, hidden) = (2, CHUNK + 3);
+        let (max_tokens, hidden) = (2, 131);
         let of_rank = |x: f32| vec![bf16::from_f32(x); max_tokens * hidden];
         let elements = [of_rank(16_777_216.0), of_rank(1.0), of_rank(1.0)].concat();
         let partials = Partials { elements: &elements, max_tokens, hidden };
         let mut out = vec![f32::NAN; hidden];
-        partials.sum_row(1, &mut out, |x| x);
+        partials.sum_row(1, &mut out);
         assert_eq!(out, vec![16_777_216.0; hidden]);
 
         let elements = [of_rank(1.0), of_rank(1.0), of_rank(16_777_216.0)].concat();
-        Partials { elements: &elements, max_tokens, hidden }.sum_row(0, &mut out, |x| x);
+        Partials { elements: &elements, max_tokens, hidden }.sum_row(0, &mut out);
         assert_eq!(out, vec![16_777_218.0; hidden]);
     }
 
@@ -61,7 +50,7 @@ mod tests {
     fn one_rank_is_copied_bit_for_bit() {
         let elements: Vec<bf16> = (0..300u16).map(|i| bf16::from_bits((i * 211) & 0xbfff)).collect();
         let mut out = vec![bf16::NAN; 150];
-        Partials { elements: &elements, max_tokens: 2, hidden: 150 }.sum_row(1, &mut out, bf16::from_f32);
+        Partials { elements: &elements, max_tokens: 2, hidden: 150 }.sum_row(1, &mut out);
         let bits = |x: &[bf16]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
         assert_eq!(bits(&out), bits(&elements[150..]));
     }
