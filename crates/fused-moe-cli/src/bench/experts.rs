@@ -22,7 +22,7 @@ use super::clock::Clock;
 use crate::args::{BenchExpertsArgs, Quant};
 use crate::ep::share;
 use crate::exit::{Failure, OrFailure, refused};
-use crate::layer::scheme;
+use crate::layer::{check_conversion, scheme};
 use crate::report::{print, print_json};
 use crate::synthetic::normal;
 use crate::tune;
@@ -155,6 +155,10 @@ pub fn run(args: &BenchExpertsArgs) -> Result<(), Failure> {
     } else {
         args.quant.clone()
     };
+    let schemes: Vec<QuantScheme> =
+        schemes.into_iter().map(|quant| scheme(quant, QuantScheme::Unquantized)).collect();
+    // The weights are drawn in bf16.
+    schemes.iter().try_for_each(|&wanted| check_conversion(QuantScheme::Unquantized, wanted))?;
     let tokens = if args.tokens.is_empty() { &shape.tokens } else { &args.tokens };
     shape.check(tokens).or_refused()?;
     let ep_size = args.ep_size;
@@ -175,8 +179,7 @@ pub fn run(args: &BenchExpertsArgs) -> Result<(), Failure> {
     let mut measured = Vec::new();
     for quant in schemes {
         let most = calls.iter().map(|calls| calls.tokens).max().unwrap_or(1);
-        let bench = Bench::new(&registry, &shape, ep_size, scheme(quant, QuantScheme::Unquantized), most)
-            .or_failed()?;
+        let bench = Bench::new(&registry, &shape, ep_size, quant, most).or_failed()?;
         for calls in &calls {
             measured.push(bench.measure(calls, clock).or_failed()?);
         }
