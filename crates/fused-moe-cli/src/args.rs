@@ -29,6 +29,13 @@ pub enum Command {
     Eplb(crate::eplb::EplbArgs),
     /// Measure block sizes and task grain of the grouped GEMM on this machine, and write the table.
     Tune(TuneArgs),
+    /// Kill, stop and delay ranks at random and see whether the others return right results or errors in time.
+    #[cfg(target_os = "linux")]
+    Chaos(crate::chaos::args::ChaosArgs),
+    /// A rank of `chaos`, which starts it.
+    #[command(hide = true)]
+    #[cfg(target_os = "linux")]
+    ChaosRank(crate::chaos::args::ChaosRankArgs),
     /// Measure.
     #[command(subcommand)]
     Bench(BenchCommand),

@@ -10,6 +10,8 @@ use crate::args::{BenchCommand, Cli, Command};
 
 mod args;
 mod bench;
+#[cfg(target_os = "linux")]
+mod chaos;
 mod demo;
 mod ep;
 mod eplb;
@@ -39,6 +41,10 @@ fn main() -> ExitCode {
         Command::Matrix(args) => matrix::run(*args),
         Command::Eplb(args) => eplb::run(args),
         Command::Tune(args) => tune::run(args),
+        #[cfg(target_os = "linux")]
+        Command::Chaos(args) => chaos::run(args),
+        #[cfg(target_os = "linux")]
+        Command::ChaosRank(args) => chaos::rank::run(args),
         Command::Bench(BenchCommand::Experts(args)) => bench::experts::run(args),
     };
     match done {
