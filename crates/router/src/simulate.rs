@@ -23,6 +23,14 @@ use crate::best::Best;
 pub enum Distribution {
     /// Every set of `top_k` experts is equally likely.
     Uniform,
+    /// `topk_group` of `n_group` groups of equal size, and then `top_k` of their experts, each choice equally likely: the
+    /// traffic of a balanced model with group-limited routing, such as DeepSeek-V3.
+    GroupLimited {
+        /// Groups; divides the number of experts.
+        n_group: usize,
+        /// Groups that a token's experts are in.
+        topk_group: usize,
+    },
     /// Experts are drawn one after the other without putting back, expert `e` with a probability in
     /// proportion to `(e + 1)^-exponent`. Expert 0 is the most popular, so that in contiguous placements rank
     /// 0 has the most work; 0 is [`Distribution::Uniform`].
@@ -55,6 +63,21 @@ pub enum SimulationError {
     NumExperts {
         /// Experts over all ranks.
         num_experts: usize,
+    },
+    /// Groups that do not divide the experts, or do not have enough of them.
+    #[error(
+        "{topk_group} of {n_group} groups of {num_experts} experts: groups must be equal and have at least {top_k} \
+         experts"
+    )]
+    Groups {
+        /// Groups.
+        n_group: usize,
+        /// Groups per token.
+        topk_group: usize,
+        /// Experts over all ranks.
+        num_experts: usize,
+        /// Experts per token.
+        top_k: usize,
     },
     /// A negative, NaN or infinite exponent.
     #[error("exponent of the Zipf distribution is {exponent}")]
@@ -123,6 +146,12 @@ impl Simulator {
         }
         match &distribution {
             Distribution::Uniform => {}
+            &Distribution::GroupLimited { n_group, topk_group } => {
+                let equal = n_group > 0 && num_experts.is_multiple_of(n_group);
+                if !equal || topk_group > n_group || topk_group * (num_experts / n_group) < top_k {
+                    return Err(SimulationError::Groups { n_group, topk_group, num_experts, top_k });
+                }
+            }
             &Distribution::Zipf { exponent } => {
                 if !exponent.is_finite() || exponent < 0.0 {
                     return Err(SimulationError::Exponent { exponent });
@@ -147,6 +176,7 @@ impl Simulator {
     }
 
     fn draw_row(&mut self, ids: &mut [i32], weights: &mut [f32]) {
+        let mut groups: SmallVec<[bool; 32]> = SmallVec::from_elem(true, 1);
         let exponent = match &self.distribution {
             Distribution::Recorded { ids: recorded } => {
                 let first = self.next_row * self.top_k;
@@ -155,11 +185,16 @@ impl Simulator {
                 return self.draw_weights(ids, weights);
             }
             Distribution::Uniform => 0.0,
+            &Distribution::GroupLimited { n_group, topk_group } => {
+                groups = self.random.choose(topk_group, n_group);
+                0.0
+            }
             Distribution::Zipf { exponent } => *exponent,
         };
+        let per_group = self.num_experts / groups.len();
         // Drawing without putting back is taking the largest ln(probability) + Gumbel noise.
         let mut best = Best::new(ids, weights);
-        for id in 0..self.num_experts {
+        for id in (0..self.num_experts).filter(|id| groups[id / per_group]) {
             let popularity = -exponent * ((id + 1) as f64).ln();
             best.offer(id, (popularity - self.random.exponential().ln()) as f32);
         }
@@ -209,11 +244,26 @@ impl SplitMix64 {
         z ^ (z >> 31)
     }
 
+    /// `chosen` of `all` places, each choice equally likely.
+    fn choose(&mut self, chosen: usize, all: usize) -> SmallVec<[bool; 32]> {
+        let mut left = chosen;
+        let place = |at: usize| {
+            // Each place is one of those that are left to choose, of those that are left.
+            let takes = self.uniform() * ((all - at) as f64) < left as f64;
+            left -= usize::from(takes);
+            takes
+        };
+        (0..all).map(place).collect()
+    }
+
+    /// The middle of one of 2^52 equal parts of (0, 1).
+    fn uniform(&mut self) -> f64 {
+        ((self.next() >> 12) as f64 + 0.5) / (1u64 << 52) as f64
+    }
+
     /// Exponentially distributed with mean 1, never 0.
     fn exponential(&mut self) -> f64 {
-        // The middle of one of 2^53 equal parts of (0, 1).
-        let uniform = ((self.next() >> 12) as f64 + 0.5) / (1u64 << 52) as f64;
-        -uniform.ln()
+        -self.uniform().ln()
     }
 }
 
@@ -242,6 +292,7 @@ mod tests {
     #[rstest]
     #[case::uniform(Distribution::Uniform, 4)]
     #[case::skewed(Distribution::Zipf { exponent: 1.3 }, 16)]
+    #[case::groups(Distribution::GroupLimited { n_group: 4, topk_group: 2 }, 8)]
     fn rows_are_distinct_and_weights_a_partition_of_one(
         #[case] distribution: Distribution,
         #[case] k: usize,
@@ -277,6 +328,24 @@ mod tests {
     }
 
     #[test]
+    fn groups_and_experts_in_them_are_drawn_alike() {
+        let rows = simulator(Distribution::GroupLimited { n_group: 8, topk_group: 3 }, 4).draw(20_000);
+        let mut groups = [0.0; 8];
+        for ids in rows.ids.chunks(4) {
+            let mut hit: Vec<usize> = ids.iter().map(|&id| id as usize / 2).collect();
+            hit.sort_unstable();
+            hit.dedup();
+            assert!(hit.len() <= 3, "{ids:?}");
+            hit.iter().for_each(|&group| groups[group] += 1.0 / 20_000.0);
+        }
+        // 4 of the 6 experts of 3 groups miss a group in 1 of 15 draws.
+        let want = 3.0 / 8.0 * (1.0 - 1.0 / 15.0);
+        let slack = 5.0 * f64::sqrt(want * (1.0 - want) / 20_000.0);
+        assert!(groups.iter().all(|got| f64::abs(got - want) < slack), "{groups:?}, want {want}");
+        assert!(loads(&rows).iter().all(|load| f64::abs(load - 1.0 / 16.0) < 0.004), "{:?}", loads(&rows));
+    }
+
+    #[test]
     fn a_seed_fixes_the_stream_however_it_is_cut() {
         let mut whole = simulator(Distribution::Uniform, 3);
         let mut cut = whole.clone();
@@ -301,6 +370,14 @@ mod tests {
     #[rstest]
     #[case(Distribution::Uniform, 17, "top_k 17 is not in 1..=16 (num_experts)")]
     #[case(Distribution::Uniform, 0, "top_k 0 is not in 1..=16 (num_experts)")]
+    #[case(
+        Distribution::GroupLimited { n_group: 3, topk_group: 2 }, 2,
+        "2 of 3 groups of 16 experts: groups must be equal and have at least 2 experts"
+    )]
+    #[case(
+        Distribution::GroupLimited { n_group: 8, topk_group: 1 }, 3,
+        "1 of 8 groups of 16 experts: groups must be equal and have at least 3 experts"
+    )]
     #[case(Distribution::Zipf { exponent: -1.0 }, 2, "exponent of the Zipf distribution is -1")]
     #[case(Distribution::Zipf { exponent: f64::NAN }, 2, "exponent of the Zipf distribution is NaN")]
     #[case(Distribution::Recorded { ids: vec![] }, 2, "0 ids are recorded, wanted rows of 2")]
