@@ -16,6 +16,7 @@ mod demo;
 mod ep;
 mod eplb;
 mod exit;
+mod launch;
 mod layer;
 mod matrix;
 mod plan;

@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::args::{Draw, LayerArgs, PlanArgs, Quant};
 use crate::exit::{Failure, OrFailure, refused};
+use crate::launch::{Crossover, Launch, crossover, launches};
 use crate::layer;
 use crate::report::{print, print_json};
 
@@ -31,6 +32,8 @@ struct Report {
     wire: String,
     rows: Vec<Row>,
     fastest: Vec<Fastest>,
+    /// By the tuning table of MoRI's kernels.
+    crossover: Crossover,
 }
 
 /// One backend at one size.
@@ -48,6 +51,7 @@ struct Row {
     combine_bytes: Links,
     /// Of one rank; none where this build refuses the configuration.
     buffer_bytes: Option<usize>,
+    launches: Vec<Launch>,
     fastest: bool,
 }
 
@@ -94,6 +98,7 @@ pub fn run(args: &PlanArgs, machine: &str) -> Result<(), Failure> {
         wire: wire.to_string(),
         rows: Vec::new(),
         fastest: Vec::new(),
+        crossover: crossover(&machine.arch, &shape, &wire),
     };
     for &ranks in &args.ep.0 {
         let candidates = Candidates::new(&registry, &machine, over(&shape, ranks, gpus_per_node)?, wire)?;
@@ -174,6 +179,7 @@ struct Candidates<'r> {
     registry: &'r Registry,
     machine: &'r Machine,
     config: MoeConfig,
+    wire: WireFormat,
     traffic: Vec<(&'static str, CommTraffic)>,
 }
 
@@ -189,7 +195,7 @@ impl<'r> Candidates<'r> {
             let moved = registry.comm(name).or_refused()?.traffic(&config, &wire);
             traffic.extend(moved.map(|moved| (name, moved)));
         }
-        Ok(Self { registry, machine, config, traffic })
+        Ok(Self { registry, machine, config, wire, traffic })
     }
 
     /// Microseconds of every backend, and which of them is the first of the fastest.
@@ -219,6 +225,7 @@ impl<'r> Candidates<'r> {
                 dispatch_bytes: Links::of(traffic.dispatch, tokens),
                 combine_bytes: Links::of(traffic.combine, tokens),
                 buffer_bytes: survey.fitting.first().map(|plan| comm.required_bytes(&config, plan)),
+                launches: launches(name, &self.machine.arch, &config, &self.wire, tokens),
                 fastest: index == best,
             });
         }
@@ -313,5 +320,17 @@ fn print_tables(report: &Report) -> Result<(), Failure> {
         };
         print(format_args!("EP{ep_size}: {all2all} is the fastest {range} tokens per rank")).or_failed()?;
     }
-    Ok(())
+    let mut launches: Vec<&Launch> = Vec::new();
+    for launch in report.rows.iter().flat_map(|row| &row.launches) {
+        if !launches.contains(&launch) {
+            launches.push(launch);
+            print(launch).or_failed()?;
+        }
+    }
+    let Crossover { low_latency_up_to, measured } = report.crossover;
+    let how = if measured { "measured" } else { "heuristic" };
+    print(format_args!(
+        "between nodes, InterNodeV1LL is no slower than InterNodeV1 up to {low_latency_up_to} tokens per rank ({how})"
+    ))
+    .or_failed()
 }

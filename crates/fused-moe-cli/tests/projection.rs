@@ -51,6 +51,22 @@ fn low_latency_wins_up_to_where_its_tables_cross() {
 }
 
 #[test]
+fn a_launch_names_its_row() {
+    let launch = |machine: &str, quant: &str| {
+        let report = projection(&format!("{machine} --ep 16 --tokens 100 --quant {quant}"));
+        row(&report, 16, 100, "mori_high_throughput")["launches"][0].clone()
+    };
+    let measured = launch("mi355x", "fp8-block");
+    assert_eq!(measured["source"], "gfx950.csv: InterNodeV1 dispatch fp8 7168 top-* 128 tokens");
+    assert_eq!((&measured["block_num"], &measured["rdma_block_num"]), (&64.into(), &32.into()));
+    assert_eq!(launch("h100", "none")["source"], "heuristic");
+    let text = fmoe(["plan", "--machine", "mi355x", "--ep", "8,16"]).succeeded().stdout;
+    for word in ["gfx950.csv: InterNodeV1LL combine bf16", "up to 2048 tokens per rank (measured)"] {
+        assert!(text.contains(word), "{word}: {text}");
+    }
+}
+
+#[test]
 fn a_wider_wire_and_uniform_routing_cost_more() {
     let dispatch = |options: &str| {
         let report = projection(&format!("h200 --ep 8 --tokens 4096 {options}"));

@@ -48,6 +48,7 @@
 mod kernel_type;
 mod provider;
 mod traffic;
+pub mod tuning;
 
 mod handle;
 mod kernel;
