@@ -50,6 +50,7 @@ mod handshake;
 mod heap;
 #[cfg(feature = "mpi")]
 mod mpi;
+pub mod probe;
 #[cfg(target_os = "linux")]
 mod processes;
 mod segment;

@@ -66,6 +66,7 @@ pub enum Quant {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Draw {
     /// In the groups that a group-limited routing allows.
+    #[value(alias = "group-limited")]
     Model,
     /// Anywhere.
     Uniform,
@@ -270,8 +271,60 @@ pub struct MatrixArgs {
 /// What to measure.
 #[derive(Debug, Subcommand)]
 pub enum BenchCommand {
+    /// Dispatch and combine of every backend, beside a copy probe in the same process.
+    Comm(BenchCommArgs),
     /// The experts of one rank, beside a peak and a bandwidth probe in the same process.
     Experts(BenchExpertsArgs),
+}
+
+/// Arguments of `fmoe bench comm`.
+#[derive(Clone, Debug, Args)]
+pub struct BenchCommArgs {
+    /// Dispatch/combine backends; all if not given.
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    pub all2all: Vec<String>,
+    /// Numbers of ranks.
+    #[arg(long, value_name = "R", value_delimiter = ',', default_values_t = [8])]
+    pub ep_size: Vec<usize>,
+    /// Ranks on one (simulated) node; all of them if not given.
+    #[arg(long, value_name = "G")]
+    pub gpus_per_node: Option<usize>,
+    /// What a rank is.
+    #[arg(long, value_enum, default_value_t = Ranks::Threads)]
+    pub ranks: Ranks,
+    /// Tokens that one rank brings to one call.
+    #[arg(long, value_name = "T", value_delimiter = ',', default_values_t = [1, 8, 128, 512, 4096])]
+    pub tokens: Vec<usize>,
+    /// Tokens over all ranks instead, so that groups of different sizes do the same work.
+    #[arg(long, value_name = "T", value_delimiter = ',', conflicts_with = "tokens")]
+    pub total_tokens: Vec<usize>,
+    /// Quantisation of what dispatch sends.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Quant::None, Quant::Fp8Block, Quant::Fp8Ptpc])]
+    pub quant: Vec<Quant>,
+    /// Where experts are drawn from: uniform, or model for 4 of 8 groups as DeepSeek-V3 routes.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Draw::Uniform, Draw::Model])]
+    pub routing: Vec<Draw>,
+    /// Elements of a token.
+    #[arg(long, default_value_t = 7168)]
+    pub hidden: usize,
+    /// Experts over all ranks.
+    #[arg(long, default_value_t = 256)]
+    pub experts: usize,
+    /// Experts per token.
+    #[arg(long, default_value_t = 8)]
+    pub top_k: usize,
+    /// Timed samples per row, of which the median counts.
+    #[arg(long, default_value_t = 9)]
+    pub reps: usize,
+    /// Refuse what needs more memory over all ranks.
+    #[arg(long, default_value_t = 12.0)]
+    pub max_gib: f64,
+    /// File to write the rows to, as CSV.
+    #[arg(long, value_name = "FILE")]
+    pub csv: Option<PathBuf>,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Arguments of `fmoe bench experts`.

@@ -2,4 +2,5 @@
 
 pub mod calls;
 mod clock;
+pub mod comm;
 pub mod experts;

@@ -46,6 +46,7 @@ fn main() -> ExitCode {
         Command::Chaos(args) => chaos::run(args),
         #[cfg(target_os = "linux")]
         Command::ChaosRank(args) => chaos::rank::run(args),
+        Command::Bench(BenchCommand::Comm(args)) => bench::comm::run(args),
         Command::Bench(BenchCommand::Experts(args)) => bench::experts::run(args),
     };
     match done {
