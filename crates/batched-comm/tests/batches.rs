@@ -22,6 +22,8 @@ fn config(placement: ExpertPlacement, top_k: usize) -> MoeConfig {
         expert_bias: false,
         padding: Default::default(),
         redundant_experts: 0,
+        max_received_rows: None,
+        combine_wire: Default::default(),
         routing: None,
         placement,
         ranks_per_node: 1,

@@ -30,6 +30,8 @@ fn a_round_allocates_nothing(#[values(1, 3)] ranks: usize, #[values(false, true)
         expert_bias: false,
         padding: Default::default(),
         redundant_experts: 0,
+        max_received_rows: None,
+        combine_wire: Default::default(),
         routing: None,
         placement: ExpertPlacement::linear(4, ranks).unwrap(),
         // Every rank on a node of its own: nothing is reached but by puts.

@@ -2,8 +2,8 @@
 
 use anyhow::{Context, bail};
 use fused_moe::{
-    Activation, DType, Padding, PartialSums, TensorView, TensorViewMut, router::eplb::ReplicaTable,
-    router::shared_expert_gate,
+    Activation, CombineWire, DType, Padding, PartialSums, TensorView, TensorViewMut,
+    router::eplb::ReplicaTable, router::shared_expert_gate,
 };
 use fused_moe::{ExpertMatrices, ExpertPlacement, NO_EXPERT, Plan, QuantScheme, Rank, RouterWeight};
 use moe_checkpoint::{ExpertTensors, MoeLayer};
@@ -122,7 +122,12 @@ pub fn verify(subject: &Subject<'_>, hidden: &HiddenStates, run: &LayerRun) -> a
                     weights: &weights[part.clone()],
                 }],
             }
-            .expected(Rounding { partial_sums: PartialSums::None, routes: false, ..rounding })?;
+            .expected(Rounding {
+                partial_sums: PartialSums::None,
+                combine_wire: CombineWire::InDtype,
+                routes: false,
+                ..rounding
+            })?;
             of_all.append(mine);
         }
         expected.add(&of_all);

@@ -3,7 +3,7 @@
 use crate::dtype::{DType, DeviceKind};
 use crate::negotiate::{Axis, Unsupported};
 use crate::placement::ExpertPlacement;
-use crate::quantization::QuantScheme;
+use crate::quantization::{CombineWire, QuantScheme};
 use crate::routing::RoutingConfig;
 
 /// What happens between gemm1 and gemm2.
@@ -80,10 +80,15 @@ pub struct MoeConfig {
     pub top_k: usize,
     /// Largest number of tokens one rank brings to one call.
     pub max_tokens_per_rank: usize,
+    /// Largest number of rows that a rank receives in one call, over which the call is an error on all ranks; `None`
+    /// leaves room for every token of every rank.
+    pub max_received_rows: Option<usize>,
     /// Element type of the hidden states that the engine lends, and of expert outputs on their way back.
     pub in_dtype: DType,
     /// Scheme of the experts' weights and activations.
     pub quant: QuantScheme,
+    /// What the combine carries; lossy unless it is the default.
+    pub combine_wire: CombineWire,
     /// Activation between the two GEMMs.
     pub activation: Activation,
     /// Llama-4 style: the routing weight multiplies the input of the expert, not its output. Needs `top_k` 1.
@@ -128,8 +133,10 @@ impl MoeConfig {
             intermediate: 0,
             top_k: 0,
             max_tokens_per_rank: 0,
+            max_received_rows: None,
             in_dtype: DType::Bf16,
             quant: QuantScheme::Unquantized,
+            combine_wire: CombineWire::InDtype,
             activation: Activation::Silu,
             apply_router_weight_on_input: false,
             expert_bias: false,
@@ -172,6 +179,7 @@ impl MoeConfig {
             ("top_k", self.top_k),
             ("max_tokens_per_rank", self.max_tokens_per_rank),
             ("ranks_per_node", self.ranks_per_node),
+            ("max_received_rows", self.max_received_rows.unwrap_or(1)),
         ] {
             if value == 0 {
                 no(Axis::Shape, format!("{name} of at least 1"), "0".into());
@@ -232,8 +240,10 @@ impl MoeConfig {
             ("intermediate", self.intermediate.to_string()),
             ("top_k", self.top_k.to_string()),
             ("max_tokens_per_rank", self.max_tokens_per_rank.to_string()),
+            ("max_received_rows", self.max_received_rows.map_or("all".into(), |rows| rows.to_string())),
             ("in_dtype", self.in_dtype.to_string()),
             ("quant", self.quant.to_string()),
+            ("combine_wire", self.combine_wire.to_string()),
             ("activation", self.activation.to_string()),
             ("apply_router_weight_on_input", self.apply_router_weight_on_input.to_string()),
             ("expert_bias", self.expert_bias.to_string()),

@@ -69,6 +69,15 @@ pub enum Fault {
         /// The rank that held it, as it was numbered before it was lost.
         rank: u32,
     },
+    /// More rows go to a rank than it has room for.
+    TooManyReceivedRows {
+        /// That rank.
+        rank: u32,
+        /// Rows that were to be there.
+        rows: u32,
+        /// [`crate::MoeConfig::max_received_rows`].
+        max: u32,
+    },
     /// A status word of a version that this build does not know.
     Unknown {
         /// The first word.
@@ -91,6 +100,7 @@ impl Fault {
             Fault::OverlapFailed => [9, 0, 0, 0],
             Fault::Abandoned => [10, 0, 0, 0],
             Fault::ExpertLost { token, expert, rank } => [11, token, expert, rank],
+            Fault::TooManyReceivedRows { rank, rows, max } => [12, rank, rows, max],
             // A peer must never read a fault as success.
             Fault::Unknown { code: 0 } => [u32::MAX, 0, 0, 0],
             Fault::Unknown { code } => [code, 0, 0, 0],
@@ -113,6 +123,7 @@ impl Fault {
             9 => Fault::OverlapFailed,
             10 => Fault::Abandoned,
             11 => Fault::ExpertLost { token: a, expert: b, rank: c },
+            12 => Fault::TooManyReceivedRows { rank: a, rows: b, max: c },
             code => Fault::Unknown { code },
         })
     }
@@ -143,6 +154,9 @@ impl std::fmt::Display for Fault {
             Fault::Abandoned => f.write_str("the ticket of the round was dropped"),
             Fault::ExpertLost { token, expert, rank } => {
                 write!(f, "token {token} is routed to expert {expert}, which went with lost rank {rank}")
+            }
+            Fault::TooManyReceivedRows { rank, rows, max } => {
+                write!(f, "{rows} rows or more go to rank {rank}, which has room for {max}")
             }
             Fault::Unknown { code } => write!(f, "unknown status word {code}"),
         }

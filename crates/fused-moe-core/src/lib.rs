@@ -75,7 +75,7 @@ pub use placement::{
     ExpertMap, ExpertMask, ExpertPlacement, GlobalExpertId, LocalExpertId, NO_EXPERT, PlacementError, Rank,
 };
 pub use quantization::{
-    BLOCK, Fp8Format, Granularity, QuantScheme, ScaleLayout, ScaleOrder, ScaleSource, WireFormat,
+    BLOCK, CombineWire, Fp8Format, Granularity, QuantScheme, ScaleLayout, ScaleOrder, ScaleSource, WireFormat,
 };
 pub use routing::{ExpertGroups, RoutingConfig, RoutingMethod, UnknownRoutingMethod};
 

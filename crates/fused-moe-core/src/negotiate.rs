@@ -2,7 +2,7 @@
 
 use crate::config::MoeConfig;
 use crate::dtype::{DType, DeviceKind};
-use crate::quantization::WireFormat;
+use crate::quantization::{CombineWire, WireFormat};
 use crate::reduce::TopKWeightAndReduce;
 
 /// What a refusal is about.
@@ -173,6 +173,8 @@ pub struct PrepareCaps {
     pub combine: CombineKind,
     /// What its combine rounds on the way.
     pub partial_sums: PartialSums,
+    /// What its combine carries.
+    pub combine_wire: CombineWire,
     /// Whether it can multiply the routing weight into the rows it sends.
     pub weight_on_input: bool,
     /// Whether anything happens between a send and its receive.
@@ -199,6 +201,7 @@ impl PrepareCaps {
             topk_id: DType::I32,
             combine: CombineKind::Sum,
             partial_sums: PartialSums::None,
+            combine_wire: CombineWire::InDtype,
             weight_on_input: false,
             overlaps: false,
             in_place_output: false,
@@ -305,6 +308,7 @@ pub struct Plan {
     weight_and_reduce: TopKWeightAndReduce,
     router_weight: RouterWeight,
     partial_sums: PartialSums,
+    combine_wire: CombineWire,
     in_place_output: bool,
     max_rows: usize,
 }
@@ -348,6 +352,11 @@ impl Plan {
     /// What the combine rounds on the way.
     pub fn partial_sums(&self) -> PartialSums {
         self.partial_sums
+    }
+
+    /// What the combine carries.
+    pub fn combine_wire(&self) -> CombineWire {
+        self.combine_wire
     }
 
     /// Whether experts write into the backend's own combine buffer.
@@ -395,6 +404,13 @@ pub fn negotiate(
         if !devices.contains(&config.device) {
             no(Axis::Device, format!("{:?}", config.device), format!("{name} on {devices:?}"));
         }
+    }
+    if prepare.combine_wire != config.combine_wire {
+        let named = |wire: CombineWire| format!("combine quantised: {wire}");
+        no(Axis::Quant, named(config.combine_wire), named(prepare.combine_wire));
+    }
+    if let Some(most) = config.max_received_rows.filter(|&most| most < prepare.max_rows) {
+        no(Axis::Shape, format!("at most {most} received rows"), prepare.max_rows.to_string());
     }
     let delegates = experts.weight_and_reduce.is_delegate();
     match (prepare.combine, delegates) {
@@ -458,6 +474,7 @@ pub fn negotiate(
             weight_and_reduce: experts.weight_and_reduce,
             router_weight,
             partial_sums: prepare.partial_sums,
+            combine_wire: prepare.combine_wire,
             // The backend's own buffer has the shape of reduced rows.
             in_place_output: prepare.in_place_output && experts.weight_and_reduce.is_no_op(),
             max_rows: prepare.max_rows,

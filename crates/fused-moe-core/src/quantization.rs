@@ -226,6 +226,36 @@ impl WireFormat {
     }
 }
 
+/// What a combine carries, apart from sums that it makes on the way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum CombineWire {
+    /// Rows in the configuration's element type.
+    #[default]
+    InDtype,
+    /// Rows rounded to the configuration's element type, then FP8 codes with a scale for each 128 columns.
+    Fp8Block(Fp8Format),
+}
+
+impl CombineWire {
+    /// The format of a row that is `in_dtype` before it leaves.
+    pub fn format(self, in_dtype: DType) -> WireFormat {
+        match self {
+            CombineWire::InDtype => WireFormat::unquantized(in_dtype),
+            CombineWire::Fp8Block(format) => QuantScheme::Fp8Block(format).quantized_wire(in_dtype),
+        }
+    }
+}
+
+impl std::fmt::Display for CombineWire {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            CombineWire::InDtype => f.write_str("none"),
+            CombineWire::Fp8Block(format) => write!(f, "{} 1x128", format.dtype()),
+        }
+    }
+}
+
 impl std::fmt::Display for WireFormat {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}", self.payload)?;

@@ -80,7 +80,8 @@
 //! ```
 //!
 //! The sums of nodes are rounded only by a combine that says so ([`fused_moe_core::PartialSums`]); then the ranks are those of
-//! one node. If experts return unweighted rows, each of these is rounded to bf16 instead of the partial sum, and weights and
+//! one node. A combine in FP8 ([`fused_moe_core::CombineWire`]) quantises what was rounded, as in step 3, every time that
+//! something is rounded on its way back. If experts return unweighted rows, each of these is rounded to bf16 instead of the partial sum, and weights and
 //! `k` slots take the place of ranks. Routing weights are inputs; only monolithic experts compute them, from the
 //! logits, and which experts those choose is decided by the host router.
 //!
@@ -117,8 +118,8 @@ mod sums;
 pub(crate) use activation::activated;
 pub(crate) use combine::{Combine, PairOutputs};
 pub use combine::{Returned, Rounding};
-pub(crate) use requantize::{Requantized, requantized};
-pub(crate) use rounding::{nearest, to_bf16};
+pub(crate) use requantize::{Requantized, requantized, travelled};
+pub(crate) use rounding::nearest;
 pub(crate) use sums::{Bounded, Products, U};
 
 use crate::metrics::{calc_diff, relative_l2};

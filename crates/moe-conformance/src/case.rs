@@ -5,8 +5,8 @@ mod pairs;
 mod weights;
 
 use fused_moe_core::{
-    Activation, DType, DeviceKind, ExpertPlacement, Fp8Format, MoeConfig, Padding, QuantScheme, Rank,
-    RoutingConfig, RoutingMethod, ScaleSource,
+    Activation, CombineWire, DType, DeviceKind, ExpertPlacement, Fp8Format, MoeConfig, Padding, QuantScheme,
+    Rank, RoutingConfig, RoutingMethod, ScaleSource,
 };
 use rand::Rng;
 
@@ -145,6 +145,8 @@ pub struct Case {
     pub placement: ExpertPlacement,
     /// Whether the routing weight multiplies the input (needs `top_k` 1).
     pub apply_router_weight_on_input: bool,
+    /// What the combine carries.
+    pub combine_wire: CombineWire,
     /// Between the two GEMMs.
     pub activation: Activation,
     /// Whether every matrix has a bias.
@@ -168,6 +170,7 @@ impl Case {
             quant,
             placement: linear(8, ep_size),
             apply_router_weight_on_input: false,
+            combine_wire: CombineWire::InDtype,
             activation: Activation::Silu,
             expert_bias: false,
             padding: Padding::default(),
@@ -248,6 +251,7 @@ impl Case {
                     linear(num_experts, ep_size)
                 },
                 apply_router_weight_on_input: top_k == 1 && index % 3 == 0,
+                combine_wire: CombineWire::InDtype,
                 activation: Activation::Silu,
                 expert_bias: false,
                 padding: Padding::default(),
@@ -281,6 +285,13 @@ impl Case {
         Self { nodes, ..self }
     }
 
+    /// The case with a combine in the scheme's FP8 format, or OCP's.
+    #[must_use]
+    pub fn returning_fp8(self) -> Self {
+        let format = self.quant.fp8().unwrap_or(Fp8Format::E4M3Fn);
+        Self { combine_wire: CombineWire::Fp8Block(format), ..self }
+    }
+
     /// The ranks of the case, on their nodes.
     pub fn topology(&self) -> Topology {
         Topology { ranks: self.ep_size(), nodes: self.nodes }
@@ -303,8 +314,10 @@ impl Case {
             intermediate: self.intermediate,
             top_k: self.top_k,
             max_tokens_per_rank: self.tokens.iter().max().copied().unwrap_or(0) + 3,
+            max_received_rows: None,
             in_dtype: DType::Bf16,
             quant: self.quant,
+            combine_wire: self.combine_wire,
             activation: self.activation,
             apply_router_weight_on_input: self.apply_router_weight_on_input,
             expert_bias: self.expert_bias,
@@ -355,7 +368,7 @@ impl std::fmt::Display for Case {
         let owners: Vec<u32> = self.placement.owners().iter().map(|rank| rank.0).collect();
         write!(
             f,
-            "hidden {} intermediate {} top-{} of {} experts on ranks {owners:?} ({}), tokens {:?}, {:?} routing, {}, {}{}{}{}, seed {}",
+            "hidden {} intermediate {} top-{} of {} experts on ranks {owners:?} ({}), tokens {:?}, {:?} routing, {}, combine {}, {}{}{}{}, seed {}",
             self.hidden,
             self.intermediate,
             self.top_k,
@@ -364,6 +377,7 @@ impl std::fmt::Display for Case {
             self.tokens,
             self.routing,
             self.quant,
+            self.combine_wire,
             self.activation,
             if self.apply_router_weight_on_input { ", weight on input" } else { "" },
             if self.expert_bias { ", biases" } else { "" },

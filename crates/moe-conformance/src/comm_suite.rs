@@ -45,6 +45,7 @@ pub(crate) fn run(
         let target = |kind, wire| Target { provider: &provider, kind, wire, settings };
         let modular = target(KernelKind::Modular, quantized);
         let cases = || Case::covering_part(quant, topology, settings.seed);
+        let few = || cases().into_iter().take(LAYERS).collect::<Vec<_>>();
         match check {
             "rows" => over(&cases(), |case| rounds::rows(&modular, case)),
             "deferred" => {
@@ -61,12 +62,19 @@ pub(crate) fn run(
             "foreignticket" => over(&[small], |case| faults::foreign_ticket(&modular, case)),
             "twohandles" => over(&[small], |case| rounds::two_handles(&modular, case)),
             "lostpeer" => over(&[small], |case| faults::lost_peer(&modular, case)),
+            "fp8back" => over(&returning_fp8(cases()), |case| rounds::rows(&modular, case)),
+            "layerfp8back" => over(&returning_fp8(few()), |case| layer(&modular, case)),
+            "bytesfp8back" => over(&[small.returning_fp8()], |case| rounds::bytes(&modular, case)),
             "bytes" => over(&[small], |case| rounds::bytes(&modular, case)),
             "traffic" => over(&[small], |case| rounds::traffic(&modular, case)),
-            "layer" => over(&cases()[..LAYERS.min(cases().len())], |case| layer(&modular, case)),
+            "layer" => over(&few(), |case| layer(&modular, case)),
             _ => fail(format!("unknown check {check:?}")),
         }
     })
+}
+
+fn returning_fp8(cases: Vec<Case>) -> Vec<Case> {
+    cases.into_iter().map(Case::returning_fp8).collect()
 }
 
 /// Runs `check` on all cases: the first failure; refused if all are.

@@ -151,6 +151,10 @@ macro_rules! __comm_cases {
             layer_none_ep4n2 layer_none_ep6n3 layer_none_ep8n2 layer_none_ep8n4
             layer_block_ep4n2 layer_block_ep6n3 layer_block_ep8n2 layer_block_ep8n4
             layer_ptpc_ep4n2 layer_tensor_ep6n3 layer_static_ep8n2
+            fp8back_none_ep1 fp8back_none_ep2 fp8back_block_ep3 fp8back_blockfnuz_ep8
+            fp8back_none_ep4n2 fp8back_ptpc_ep6n3 fp8back_block_ep8n2 fp8back_ptpcfnuz_ep8n4
+            layerfp8back_none_ep2 layerfp8back_block_ep8 layerfp8back_none_ep4n2 layerfp8back_block_ep8n4
+            bytesfp8back_none_ep2 bytesfp8back_none_ep6n3
         }
     };
 }

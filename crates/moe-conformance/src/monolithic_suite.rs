@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use fused_moe_core::{
-    ActivationFormat, DType, ExecCx, ExpertWeights, Experts, ExpertsMonolithic, ExpertsProvider, KernelKind,
-    PartialSums, Rank, Stream, TensorViewMut,
+    ActivationFormat, CombineWire, DType, ExecCx, ExpertWeights, Experts, ExpertsMonolithic, ExpertsProvider,
+    KernelKind, PartialSums, Rank, Stream, TensorViewMut,
 };
 
 use crate::batch::{Batch, Receiver, plan_for, writable};
@@ -110,6 +110,7 @@ fn one_batch(
     let slots = count * case.top_k;
     let rounding = Rounding {
         returned: Returned::PartialSums,
+        combine_wire: CombineWire::InDtype,
         partial_sums: PartialSums::None,
         output: DType::F32,
         routes: true,

@@ -12,8 +12,8 @@ pub(crate) mod fp4;
 mod matrix;
 
 use fused_moe_core::{
-    Activation, DType, ExpertMatrices, ExpertPlacement, Padding, PartialSums, Plan, QuantScheme, Rank,
-    RouterWeight, ViewError,
+    Activation, CombineWire, DType, ExpertMatrices, ExpertPlacement, Padding, PartialSums, Plan, QuantScheme,
+    Rank, RouterWeight, ViewError,
 };
 use half::bf16;
 
@@ -167,6 +167,7 @@ impl Layer<'_> {
     pub fn run(&self) -> Result<Vec<Vec<f64>>, OracleError> {
         let rounding = Rounding {
             returned: Returned::PartialSums,
+            combine_wire: CombineWire::InDtype,
             partial_sums: PartialSums::None,
             output: DType::F32,
             routes: false,

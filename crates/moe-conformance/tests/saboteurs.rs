@@ -77,6 +77,16 @@ fn sums_of_nodes_that_are_not_rounded() {
     comm_fails(BrokenComm::UnroundedNodes, &cases);
 }
 
+/// No reference quantises its combine, so the control of this is every backend that does.
+#[test]
+fn a_combine_that_does_not_quantise() {
+    let broken = Suite::comm(BrokenComm::UnquantizedCombine);
+    for (case, because) in [("fp8back_none_ep2", "combine gives"), ("layerfp8back_none_ep2", "relative L2")] {
+        let Outcome::Fail(why) = broken.outcome(case) else { panic!("{case} does not fail") };
+        assert!(why.contains(because), "{case} fails for another reason: {why}");
+    }
+}
+
 #[test]
 fn swapped_gate_and_up() {
     let cases = [("oracle_none_ep1", "relative L2 error"), ("oracle_block_ep2", "relative L2 error")];

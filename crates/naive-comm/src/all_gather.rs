@@ -364,6 +364,8 @@ mod tests {
             expert_bias: false,
             padding: Default::default(),
             redundant_experts: 0,
+            max_received_rows: None,
+            combine_wire: Default::default(),
             routing: None,
             placement: ExpertPlacement::linear(RANKS, RANKS).expect("a group"),
             ranks_per_node: RANKS,

@@ -30,6 +30,8 @@ fn a_round_allocates_nothing(#[case] provider: &dyn PrepareFinalizeProvider, #[c
         expert_bias: false,
         padding: Default::default(),
         redundant_experts: 0,
+        max_received_rows: None,
+        combine_wire: Default::default(),
         routing: None,
         placement: ExpertPlacement::linear(4, ranks).unwrap(),
         ranks_per_node: ranks,

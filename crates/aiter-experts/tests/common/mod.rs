@@ -45,6 +45,8 @@ pub fn config(quant: QuantScheme, shape: Shape, placement: ExpertPlacement) -> M
         expert_bias: false,
         padding: Default::default(),
         redundant_experts: 0,
+        max_received_rows: None,
+        combine_wire: Default::default(),
         routing: None,
         ranks_per_node: placement.ep_size(),
         placement,

@@ -278,6 +278,8 @@ impl<'s> Bench<'s> {
             expert_bias: false,
             padding: Default::default(),
             redundant_experts: 0,
+            max_received_rows: None,
+            combine_wire: Default::default(),
             routing: None,
             placement: ExpertPlacement::linear(experts, ep_size)?,
             ranks_per_node: ep_size,

@@ -26,6 +26,8 @@ fn a_round_and_a_reduction_allocate_nothing() {
         expert_bias: false,
         padding: Default::default(),
         redundant_experts: 0,
+        max_received_rows: None,
+        combine_wire: Default::default(),
         routing: None,
         placement: ExpertPlacement::linear(8, 1).unwrap(),
         ranks_per_node: 1,

@@ -22,7 +22,8 @@ fn every_fault_survives_the_wire() {
             Fault::OverlapFailed,
             Fault::Abandoned,
             Fault::ExpertLost { token: a, expert: b, rank: rng.random() },
-            Fault::Unknown { code: rng.random_range(12..=u32::MAX) },
+            Fault::TooManyReceivedRows { rank: a, rows: b, max: rng.random() },
+            Fault::Unknown { code: rng.random_range(13..=u32::MAX) },
         ];
         for (i, fault) in all.into_iter().enumerate() {
             let words = fault.to_words();

@@ -32,6 +32,8 @@ pub fn config(ranks: usize) -> MoeConfig {
         expert_bias: false,
         padding: Default::default(),
         redundant_experts: 0,
+        max_received_rows: None,
+        combine_wire: Default::default(),
         routing: None,
         placement: ExpertPlacement::linear(EXPERTS, ranks).unwrap(),
         ranks_per_node: ranks,

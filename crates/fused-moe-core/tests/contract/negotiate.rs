@@ -1,9 +1,10 @@
 //! Whether two backends fit, and every reason why not.
 
 use fused_moe_core::{
-    ActivationFormat, Axis, CombineKind, Contiguous, DType, DeviceKind, ExpertGroups, ExpertsCaps,
-    KernelKind, MoeConfig, NaiveBatched, Plan, PrepareCaps, QuantScheme, RouterWeight, RoutingConfig,
-    RoutingMethod, Support, TopKWeightAndReduce, Unsupported, WireFormat, negotiate,
+    ActivationFormat, Axis, CombineKind, CombineWire, Contiguous, DType, DeviceKind, ExpertGroups,
+    ExpertsCaps, Fp8Format, KernelKind, MoeConfig, NaiveBatched, Plan, PrepareCaps, QuantScheme,
+    RouterWeight, RoutingConfig, RoutingMethod, Support, TopKWeightAndReduce, Unsupported, WireFormat,
+    negotiate,
 };
 use rstest::rstest;
 
@@ -44,6 +45,9 @@ fn set(change: fn(&mut MoeConfig)) -> fn(&mut MoeConfig) {
 #[case::comm_device(&[Axis::Device], with(|_, p, _| p.devices.clear()))]
 #[case::experts_device(&[Axis::Device], with(|_, _, e| e.devices = vec![DeviceKind::Cuda]))]
 #[case::both_devices(&[Axis::Device, Axis::Device], with(|c, _, _| c.device = DeviceKind::Hip))]
+#[case::quantised_combine(&[Axis::Quant], with(|c, _, _| c.combine_wire = CombineWire::Fp8Block(Fp8Format::E4M3Fn)))]
+#[case::too_many_rows(&[Axis::Shape], with(|c, p, _| c.max_received_rows = Some(p.max_rows - 1)))]
+#[case::enough_rows(&[], with(|c, p, _| c.max_received_rows = Some(p.max_rows)))]
 #[case::combine_weights_too(&[Axis::Reduction], with(|_, p, _| p.combine = CombineKind::WeightAndReduce))]
 #[case::wire(&[Axis::Quant], with(|_, _, e| e.accepts = vec![fp8(QuantScheme::Fp8Block)]))]
 #[case::scales(&[Axis::Quant], with(|_, p, e| {
@@ -211,6 +215,7 @@ fn routing() -> RoutingConfig {
 #[case::top_k(&["shape: needs top_k of at least 1, found 0"], set(|c| c.top_k = 0))]
 #[case::tokens(&["shape: needs max_tokens_per_rank of at least 1, found 0"], set(|c| c.max_tokens_per_rank = 0))]
 #[case::node(&["shape: needs ranks_per_node of at least 1, found 0"], set(|c| c.ranks_per_node = 0))]
+#[case::rows(&["shape: needs max_received_rows of at least 1, found 0"], set(|c| c.max_received_rows = Some(0)))]
 #[case::experts(&["shape: needs top_k of at most 5 (the number of experts), found 6"], set(|c| c.top_k = 6))]
 #[case::weight(
     &["router weight: needs top_k 1 (apply_router_weight_on_input), found top_k 3"],

@@ -1,8 +1,9 @@
 //! From the outputs of pairs to the output of the layer: partial sums, their rounding, the sum over ranks.
 
-use fused_moe_core::{DType, KernelKind, PartialSums, Plan};
+use fused_moe_core::{CombineWire, DType, KernelKind, PartialSums, Plan};
 
 use super::Expected;
+use super::requantize::travelled;
 use super::rounding::to_bf16;
 use super::sums::{Bounded, U};
 
@@ -26,6 +27,8 @@ pub struct Rounding {
     pub returned: Returned,
     /// What is rounded to bf16 again on the way.
     pub partial_sums: PartialSums,
+    /// As what everything travels that was rounded.
+    pub combine_wire: CombineWire,
     /// Element type of the layer's output.
     pub output: DType,
     /// Whether the experts compute the routing weights, from logits.
@@ -40,7 +43,8 @@ impl Rounding {
             false => Returned::ExpertOutputs,
         };
         let routes = plan.kind() == KernelKind::Monolithic;
-        Self { returned, partial_sums: plan.partial_sums(), output, routes }
+        let (partial_sums, combine_wire) = (plan.partial_sums(), plan.combine_wire());
+        Self { returned, partial_sums, combine_wire, output, routes }
     }
 }
 
@@ -111,6 +115,7 @@ impl Combine {
             .collect();
         of_row.sort_by_key(|&(row, ..)| row);
         let weight_error = if self.rounding.routes { COMPUTED_WEIGHT } else { 0.0 };
+        let mut partials = Vec::new();
         for slots in of_row.chunk_by(|a, b| a.0 == b.0) {
             let row = slots[0].0;
             // A product with the weight and an addition for each slot.
@@ -140,9 +145,14 @@ impl Combine {
                         }
                     }
                 }
-                if self.rounding.returned == Returned::PartialSums {
-                    self.of_ranks.add(at, to_bf16(partial));
-                }
+                partials.push(partial);
+            }
+        }
+        if self.rounding.returned == Returned::PartialSums {
+            let partials = travelled(self.rounding.combine_wire, &partials, hidden);
+            let rows = of_row.chunk_by(|a, b| a.0 == b.0).map(|slots| slots[0].0);
+            for (row, partials) in rows.zip(partials.chunks_exact(hidden)) {
+                (row * hidden..).zip(partials).for_each(|(at, &partial)| self.of_ranks.add(at, partial));
             }
         }
         self.ranks += 1;
@@ -158,12 +168,15 @@ impl Combine {
     fn end_node(&mut self) {
         let rows = self.of_ranks.added.len();
         let of_ranks = std::mem::replace(&mut self.of_ranks, Sums::new(rows, self.hidden));
-        for row in (0..rows).filter(|&row| of_ranks.added[row] > 0) {
-            self.of_nodes.added[row] += 1;
-            for at in row * self.hidden..(row + 1) * self.hidden {
-                self.of_nodes.add(at, to_bf16(of_ranks.sum(at, row)));
+        let hidden = self.hidden;
+        let sums: Vec<_> = (0..rows * hidden).map(|at| of_ranks.sum(at, at / hidden)).collect();
+        for (at, sum) in travelled(self.rounding.combine_wire, &sums, hidden).into_iter().enumerate() {
+            if of_ranks.added[at / hidden] > 0 {
+                self.of_nodes.add(at, sum);
             }
         }
+        let visited = self.of_nodes.added.iter_mut().zip(&of_ranks.added);
+        visited.for_each(|(nodes, &ranks)| *nodes += u32::from(ranks > 0));
     }
 
     /// The sums in the type of the output.
@@ -192,8 +205,16 @@ mod tests {
 
     use super::*;
 
+    const PLAIN: Rounding = Rounding {
+        returned: Returned::PartialSums,
+        partial_sums: PartialSums::None,
+        combine_wire: CombineWire::InDtype,
+        output: DType::F32,
+        routes: false,
+    };
+
     fn expected(returned: Returned, output: DType, error: f64) -> Expected {
-        let rounding = Rounding { returned, partial_sums: PartialSums::None, output, routes: false };
+        let rounding = Rounding { returned, output, ..PLAIN };
         let mut combine = Combine::new(rounding, 2, 1);
         let value = |value| Bounded { value, error };
         // 1 + 2⁻⁹ is no bf16, nor is three quarters of it.
@@ -210,8 +231,7 @@ mod tests {
     #[test]
     fn roundings_are_those_of_the_value_that_is_off() {
         for returned in [Returned::PartialSums, Returned::ExpertOutputs] {
-            let (output, partial_sums) = (DType::F32, PartialSums::None);
-            let rounding = Rounding { returned, partial_sums, output, routes: false };
+            let rounding = Rounding { returned, ..PLAIN };
             let mut combine = Combine::new(rounding, 1, 1);
             let far = Bounded { value: 0.125, error: 8.0 };
             combine.add_rank(&PairOutputs { pairs: vec![(0, 0.7)], values: vec![far] });
@@ -247,8 +267,7 @@ mod tests {
     #[test]
     fn sums_of_nodes_are_rounded_where_nodes_end() {
         let sum = |partial_sums| {
-            let (returned, output) = (Returned::PartialSums, DType::F32);
-            let mut combine = Combine::new(Rounding { returned, partial_sums, output, routes: false }, 1, 1);
+            let mut combine = Combine::new(Rounding { partial_sums, ..PLAIN }, 1, 1);
             for value in [1.0, 2f64.powi(-8), 2f64.powi(-8), 0.0] {
                 let values = vec![Bounded { value, error: 0.0 }];
                 combine.add_rank(&PairOutputs { pairs: vec![(0, 1.0)], values });

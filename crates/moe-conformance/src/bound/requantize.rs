@@ -1,11 +1,11 @@
 //! The second quantisation of activations that are known up to an error: which of them can fall on either side of a
 //! rounding boundary, and what that does to codes and scales.
 
-use fused_moe_core::{Granularity, QuantScheme};
+use fused_moe_core::{CombineWire, Granularity, QuantScheme};
 use half::bf16;
 
-use super::rounding::neighbours;
-use super::sums::Bounded;
+use super::rounding::{neighbours, to_bf16};
+use super::sums::{Bounded, U};
 use crate::oracle::{Codec, Codes, fp4};
 
 /// Largest activations of a group that are tried one by one. More are possible only where a group is noise.
@@ -51,6 +51,33 @@ impl Moves {
         });
         elements.sum::<f64>() + scales.sum::<f64>()
     }
+
+    /// How far each value of the row may move.
+    fn of_columns(&self, width: usize) -> Vec<f64> {
+        let mut reach = vec![0.0; width];
+        for &(column, by) in &self.elements {
+            reach[column] += by;
+        }
+        for OtherScale { start, moves } in &self.scales {
+            let columns = moves.iter().map(Vec::len).max().unwrap_or(0);
+            for offset in 0..columns {
+                let by = moves.iter().map(|by| by[offset].abs());
+                reach[start + offset] += by.fold(0.0, f64::max);
+            }
+        }
+        reach
+    }
+}
+
+/// Rows `[rows, width]` as a combine carries them: rounded to bf16, and through FP8 if `wire` says so.
+pub(crate) fn travelled(wire: CombineWire, rows: &[Bounded], width: usize) -> Vec<Bounded> {
+    let CombineWire::Fp8Block(format) = wire else { return rows.iter().map(|&x| to_bf16(x)).collect() };
+    let codes = Codes { quant: QuantScheme::Fp8Block(format), input_scale: None };
+    let Requantized { values, moves } = requantized(&codes, rows, width);
+    let errors = moves.iter().flat_map(|moves| moves.of_columns(width));
+    // A code times its scale is rounded to f32.
+    let bounded = |(value, error): (f64, f64)| Bounded { value, error: error + U * (value.abs() + error) };
+    values.into_iter().zip(errors).map(bounded).collect()
 }
 
 /// An activation that may be rounded to bf16 in more than one way.

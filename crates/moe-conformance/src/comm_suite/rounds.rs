@@ -1,11 +1,11 @@
 //! Rounds in which nothing goes wrong: what arrives, what is summed, what it costs.
 
 use ep_transport::{Endpoint, Traffic};
-use fused_moe_core::{CombineKind, ProcessGroup, Rank, RouterWeight};
+use fused_moe_core::{CombineKind, CombineWire, ProcessGroup, Rank, RouterWeight};
 
 use super::arrivals::{Arrivals, conserved};
 use super::handle::{Handle, Lent};
-use super::toy::{Expected, Values};
+use super::toy::{Expected, Returning, Values};
 use super::{Accepted, Target};
 use crate::bound::nearest;
 use crate::case::{Case, RankInput, RoutingPattern};
@@ -47,18 +47,18 @@ impl Round {
         let weighted = accepted.caps.combine == CombineKind::WeightAndReduce
             && accepted.plan.router_weight() == RouterWeight::OnOutput;
         let sent = &self.sent[rank.index()];
-        let how = (values, accepted.plan.partial_sums());
+        let (partial_sums, combine_wire) = (accepted.plan.partial_sums(), accepted.plan.combine_wire());
+        let how = (values, Returning { partial_sums, combine_wire });
         let want = Expected::new(sent, (placement, input, weighted), how, case.hidden);
+        let exact = values == Values::Exact && combine_wire == CombineWire::InDtype;
         for (at, &got) in out.iter().enumerate() {
             let (sum, magnitude, bound) = (want.sums[at], want.magnitudes[at], want.bounds[at]);
-            let (exact, rounded) = (sum as f32, nearest(sum).to_f32());
-            let right = match (values, in_bf16) {
-                (Values::Exact, false) => got == exact,
-                (Values::Exact, true) => got == rounded,
-                (Values::Rounded, false) => (f64::from(got) - sum).abs() <= SUM_TOLERANCE * magnitude + bound,
-                (Values::Rounded, true) => {
-                    (f64::from(got) - sum).abs() <= sum.abs() / 200.0 + 1e-5 * magnitude + bound
-                }
+            let (single, rounded) = (sum as f32, nearest(sum).to_f32());
+            let right = match (exact, in_bf16) {
+                (true, false) => got == single,
+                (true, true) => got == rounded,
+                (false, false) => (f64::from(got) - sum).abs() <= SUM_TOLERANCE * magnitude + bound,
+                (false, true) => (f64::from(got) - sum).abs() <= sum.abs() / 200.0 + 1e-5 * magnitude + bound,
             };
             if !right {
                 let (token, column) = (at / case.hidden, at % case.hidden);

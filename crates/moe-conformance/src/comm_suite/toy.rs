@@ -1,9 +1,9 @@
 //! What stands for the experts: values that show who contributed what, and whose sums are exact.
 
-use fused_moe_core::{ExpertPlacement, PartialSums, Rank};
+use fused_moe_core::{CombineWire, ExpertPlacement, PartialSums, Rank};
 use half::bf16;
 
-use crate::bound::{Bounded, U, to_bf16};
+use crate::bound::{Bounded, U, travelled};
 use crate::case::RankInput;
 use crate::wire::WireRow;
 
@@ -61,6 +61,13 @@ pub(super) fn batched(row: &WireRow, (expert, owner): (u32, Rank), values: Value
     }
 }
 
+/// What a combine does to rows on their way.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Returning {
+    pub(super) partial_sums: PartialSums,
+    pub(super) combine_wire: CombineWire,
+}
+
 /// What combine must give for the tokens of one rank: the sum, the sum of magnitudes, and how far off a right backend
 /// may be because it rounds on the way, `[tokens, hidden]`.
 pub(super) struct Expected {
@@ -74,42 +81,46 @@ impl Expected {
     pub(super) fn new(
         rows: &[WireRow],
         (placement, input, weighted): (&ExpertPlacement, &RankInput, bool),
-        (values, partial_sums): (Values, PartialSums),
+        (values, returning): (Values, Returning),
         hidden: usize,
     ) -> Self {
         let zeros = vec![0.0; rows.len() * hidden];
         let mut expected = Self { sums: zeros.clone(), magnitudes: zeros.clone(), bounds: zeros };
-        let exactly = |value| Bounded { value, error: 0.0 };
-        let mut node = vec![Bounded::default(); hidden];
-        let mut partial_row = vec![bf16::ZERO; hidden];
-        let top_k = input.ids.len() / rows.len().max(1);
-        for (token, row) in rows.iter().enumerate() {
-            let at = token * hidden;
-            if weighted {
-                for slot in token * top_k..(token + 1) * top_k {
-                    let Some(owner) = placement.rank_of_slot(input.ids[slot]) else { continue };
-                    batched(row, (input.ids[slot] as u32, owner), values, &mut partial_row);
-                    let weight = f64::from(input.weights[slot]);
-                    expected.add(at, partial_row.iter().map(|x| exactly(weight * x.to_f64())));
-                }
-                continue;
+        let exactly = |x: &bf16| Bounded { value: x.to_f64(), error: 0.0 };
+        let mut output = vec![bf16::ZERO; hidden];
+        if weighted {
+            let top_k = input.ids.len() / rows.len().max(1);
+            for (slot, &id) in input.ids.iter().enumerate() {
+                let Some(owner) = placement.rank_of_slot(id) else { continue };
+                batched(&rows[slot / top_k], (id as u32, owner), values, &mut output);
+                let weight = f64::from(input.weights[slot]);
+                let terms = output.iter().map(|x| Bounded { value: weight * x.to_f64(), error: 0.0 });
+                expected.add(slot / top_k * hidden, terms);
             }
-            for rank in (0..placement.ep_size() as u32).map(Rank) {
-                partial(row, (placement, rank), values, &mut partial_row);
-                let PartialSums::OfNodes { ranks_per_node } = partial_sums else {
-                    expected.add(at, partial_row.iter().map(|x| exactly(x.to_f64())));
-                    continue;
-                };
-                for (sum, x) in node.iter_mut().zip(&partial_row) {
-                    sum.value += x.to_f64();
-                    // Exact values are exact in f32, in whatever order they are added.
-                    if values == Values::Rounded {
-                        sum.error += ranks_per_node as f64 * U * x.to_f64().abs();
-                    }
-                }
-                if (rank.index() + 1).is_multiple_of(ranks_per_node) {
-                    expected.add(at, node.iter_mut().map(|sum| to_bf16(std::mem::take(sum))));
-                }
+            return expected;
+        }
+        let Returning { partial_sums, combine_wire } = returning;
+        // Exact values are exact in f32, in whatever order they are added, if nothing was quantised.
+        let exact = values == Values::Exact && combine_wire == CombineWire::InDtype;
+        let mut of_node = vec![Bounded::default(); rows.len() * hidden];
+        for rank in (0..placement.ep_size() as u32).map(Rank) {
+            let mut outputs = Vec::with_capacity(rows.len() * hidden);
+            for row in rows {
+                partial(row, (placement, rank), values, &mut output);
+                outputs.extend(output.iter().map(exactly));
+            }
+            let outputs = travelled(combine_wire, &outputs, hidden);
+            let PartialSums::OfNodes { ranks_per_node } = partial_sums else {
+                expected.add(0, outputs.into_iter());
+                continue;
+            };
+            for (sum, Bounded { value, error }) in of_node.iter_mut().zip(outputs) {
+                sum.value += value;
+                sum.error += error + if exact { 0.0 } else { ranks_per_node as f64 * U * value.abs() };
+            }
+            if (rank.index() + 1).is_multiple_of(ranks_per_node) {
+                expected.add(0, travelled(combine_wire, &of_node, hidden).into_iter());
+                of_node.fill(Bounded::default());
             }
         }
         expected

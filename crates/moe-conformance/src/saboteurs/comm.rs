@@ -30,6 +30,8 @@ pub enum BrokenComm {
     DroppedSends,
     /// Combine rounds its sum to bf16 after every rank.
     NarrowSum,
+    /// Combine says that it quantises, and does not.
+    UnquantizedCombine,
     /// Combine says that it rounds the sums of nodes, and does not.
     UnroundedNodes,
 }
@@ -43,6 +45,9 @@ impl PrepareFinalizeProvider for BrokenComm {
         match ReferenceComm.supports(config, kind) {
             Support::Supported(mut caps) => {
                 caps.name = NAME;
+                if *self == BrokenComm::UnquantizedCombine {
+                    caps.combine_wire = config.combine_wire;
+                }
                 if *self == BrokenComm::UnroundedNodes {
                     caps.partial_sums = PartialSums::OfNodes { ranks_per_node: config.ranks_per_node };
                 }

@@ -65,6 +65,8 @@ impl Case {
             expert_bias: false,
             padding: Default::default(),
             redundant_experts: 0,
+            max_received_rows: None,
+            combine_wire: Default::default(),
             routing: None,
             placement: ExpertPlacement::from_owners(&owners, self.ranks).expect("ranks exist"),
             ranks_per_node: self.ranks,
