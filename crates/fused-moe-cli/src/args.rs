@@ -117,6 +117,16 @@ pub enum Ranks {
     Mpi,
 }
 
+/// Quantisation of a combine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum CombineQuant {
+    /// None: rows come back in bf16.
+    #[default]
+    None,
+    /// FP8 with a scale for each 128 columns.
+    Fp8Block,
+}
+
 /// Which layer, over which ranks, with which backends.
 #[derive(Clone, Debug, Args)]
 pub struct LayerArgs {
@@ -135,6 +145,9 @@ pub struct LayerArgs {
     /// Quantisation.
     #[arg(long, value_enum, default_value_t = Quant::Auto)]
     pub quant: Quant,
+    /// As what outputs come back between ranks; lossy but for `none`.
+    #[arg(long, value_enum, default_value_t = CombineQuant::None)]
+    pub combine_quant: CombineQuant,
     /// How experts `aiter` sort rows by expert: auto, single or multi. The results are the same.
     #[arg(long, value_name = "P", default_value_t = SortPolicy::Auto)]
     pub sort_policy: SortPolicy,

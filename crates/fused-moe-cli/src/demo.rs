@@ -146,6 +146,7 @@ impl Demo<'_> {
             all2all: backend.to_string(),
             experts: "auto".into(),
             quant: Quant::Auto,
+            combine_quant: Default::default(),
             sort_policy: Default::default(),
             gpus_per_node: None,
         };

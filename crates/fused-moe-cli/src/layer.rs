@@ -2,14 +2,15 @@
 
 use anyhow::{Context, anyhow};
 use fused_moe::{
-    BackendOptions, DType, DeviceKind, ExpertMatrices, ExpertPlacement, ExpertWeights, Fp8Format, KernelKind,
-    MoeConfig, Plan, QuantScheme, Rank, Registry, RoutingConfig, RoutingMethod, Selection, Survey,
+    BackendOptions, CombineWire, DType, DeviceKind, ExpertMatrices, ExpertPlacement, ExpertWeights,
+    Fp8Format, KernelKind, MoeConfig, Plan, QuantScheme, Rank, Registry, RoutingConfig, RoutingMethod,
+    Selection, Survey,
 };
 use grouped_gemm::Executor;
 use moe_checkpoint::{Checkpoint, ExpertTensors, MoeLayer};
 use rayon::prelude::*;
 
-use crate::args::{LayerArgs, Quant};
+use crate::args::{CombineQuant, LayerArgs, Quant};
 use crate::eplb::Replicas;
 use crate::exit::{Failure, OrFailure, refused};
 use crate::weights::LoadedExpert;
@@ -89,6 +90,11 @@ pub fn config(layer: &MoeLayer<'_>, args: &LayerArgs, max_tokens: usize) -> Resu
         expert_bias: model.bias,
         padding: Default::default(),
         redundant_experts: 0,
+        max_received_rows: None,
+        combine_wire: match args.combine_quant {
+            CombineQuant::None => CombineWire::InDtype,
+            CombineQuant::Fp8Block => CombineWire::Fp8Block(Fp8Format::E4M3Fn),
+        },
         routing: Some(layer.routing()),
         placement: ExpertPlacement::linear(model.num_experts(), args.ep_size).or_refused()?,
         ranks_per_node,
@@ -212,6 +218,8 @@ pub fn shared_config(
         routing: Some(routing),
         placement: ExpertPlacement::linear(1, 1).or_refused()?,
         redundant_experts: 0,
+        max_received_rows: None,
+        combine_wire: Default::default(),
         ranks_per_node: 1,
         ..layer.clone()
     })

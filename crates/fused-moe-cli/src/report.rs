@@ -19,6 +19,7 @@ pub struct PlanReport {
     format: &'static str,
     wire: String,
     weight_and_reduce: &'static str,
+    combine_quant: String,
     max_rows: usize,
 }
 
@@ -31,6 +32,7 @@ impl From<&Plan> for PlanReport {
             format: plan.format().name(),
             wire: plan.wire().to_string(),
             weight_and_reduce: plan.weight_and_reduce().name(),
+            combine_quant: plan.combine_wire().to_string(),
             max_rows: plan.max_rows(),
         }
     }

@@ -72,6 +72,22 @@ fn every_backend_runs_between_nodes() {
 }
 
 #[test]
+fn outputs_come_back_in_fp8_if_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    for nodes in ["--ep-size 2", "--ep-size 4 --gpus-per-node 2"] {
+        let combine = |quant: &str| {
+            let options = format!("{nodes} --combine-quant {quant} --verify --json");
+            let output = folder.path().join(quant);
+            let report = Run { output: output.clone(), ..run(&options) }.run().succeeded().json();
+            (report["wire"]["remote_bytes"].as_u64().unwrap(), std::fs::read(output).unwrap())
+        };
+        let ((bytes, exact), (fewer, rounded)) = (combine("none"), combine("fp8-block"));
+        assert!(fewer < bytes && exact != rounded, "{nodes}: {fewer} of {bytes} bytes");
+    }
+    run("--ep-size 2 --combine-quant fp8-block --all2all naive").refused(2, &["naive", "combine quantised"]);
+}
+
+#[test]
 fn every_sort_policy_gives_the_same_file() {
     let folder = tempfile::tempdir().unwrap();
     let files = ["auto", "single", "multi"].map(|policy| {

@@ -3,9 +3,10 @@
 use std::ptr::NonNull;
 
 use ep_transport::{Heap, HeapLayout, Result, RowCursor, StatusBoard, SymOffset, SymWord};
-use fused_moe_core::{Layout, MoeConfig, Plan, Rank};
+use fused_moe_core::{CombineWire, Layout, MoeConfig, Plan, Rank};
 
 use crate::record::Fields;
+use crate::sum::travelling_bytes;
 
 /// A region of rows of equal size.
 #[derive(Clone, Copy, Debug)]
@@ -31,14 +32,16 @@ impl Region {
 }
 
 /// Regions and signals of a handle. `rows` is `world_size · max_tokens_per_rank`, so that the worst case (every token
-/// of every rank comes here) always fits.
+/// of every rank comes here) fits, unless the configuration says that fewer come.
 #[derive(Clone, Debug)]
 pub(crate) struct Buffers {
     layout: HeapLayout,
     /// `[rows]` of each field: the tokens that this rank's experts read.
     pub received: Fields<Region>,
-    /// `[rows, hidden]` in the configuration's type: the experts' output, read by the ranks of the node.
+    /// `[rows, hidden]` in the configuration's type: the experts' output.
     pub expert_out: Region,
+    /// `[rows]` of the same as it travels, read by the ranks of the node.
+    pub outputs: Region,
     /// Next free row.
     pub cursor: RowCursor,
     /// Who has dispatched how many rows to this rank.
@@ -53,14 +56,18 @@ impl Buffers {
     pub fn new(config: &MoeConfig, plan: &Plan) -> Self {
         let mut layout = HeapLayout::default();
         let ranks = config.ep_size();
-        let rows = ranks * config.max_tokens_per_rank;
+        let rows = plan.max_rows();
         let received = Fields::of_plan(config, plan).map(|bytes| Region::reserve(&mut layout, bytes, rows));
-        let expert_out = Region::reserve(&mut layout, output_bytes(config), rows);
+        let expert_out = Region::reserve(&mut layout, config.hidden * config.in_dtype.size_bytes(), rows);
+        let outputs = match plan.combine_wire() {
+            CombineWire::InDtype => expert_out,
+            _ => Region::reserve(&mut layout, travelling_bytes(config, plan), rows),
+        };
         let cursor = RowCursor::reserve(&mut layout);
         let dispatched = StatusBoard::reserve(&mut layout, ranks);
         let ready = StatusBoard::reserve(&mut layout, ranks);
         let rails = (!config.is_single_node()).then(|| RailBuffers::reserve(&mut layout, config, plan));
-        Self { layout, received, expert_out, cursor, dispatched, ready, rails }
+        Self { layout, received, expert_out, outputs, cursor, dispatched, ready, rails }
     }
 
     pub fn layout(&self) -> &HeapLayout {
@@ -72,11 +79,6 @@ impl Buffers {
     }
 }
 
-/// Bytes of an output row on its way back.
-pub(crate) fn output_bytes(config: &MoeConfig) -> usize {
-    config.hidden * config.in_dtype.size_bytes()
-}
-
 /// Tokens that travel between nodes in one put.
 pub(crate) const CHUNK: usize = 64;
 
@@ -86,7 +88,7 @@ pub(crate) struct RailBuffers {
     /// `[2 parities of the round, windows, max_tokens_per_rank]` records, from the rank in this one's place on the
     /// window's node.
     pub inbox: Region,
-    /// `[windows, max_tokens_per_rank]` output rows of this rank's own tokens, summed over the window's node.
+    /// `[windows, max_tokens_per_rank]` rows as they travel, of this rank's own tokens, summed over the window's node.
     pub returned: Region,
     /// Whose part of forwarding is done, with the number of rows forwarded to this rank.
     pub forwarded: StatusBoard,
@@ -108,7 +110,7 @@ impl RailBuffers {
         let record = Fields::of_plan(config, plan).record_bytes();
         Self {
             inbox: Region::reserve(layout, record, 2 * windows * rows),
-            returned: Region::reserve(layout, output_bytes(config), windows * rows),
+            returned: Region::reserve(layout, travelling_bytes(config, plan), windows * rows),
             forwarded: StatusBoard::reserve(layout, config.ep_size()),
             arrived: layout.words(2 * windows * chunks),
             back: layout.words(windows * chunks),
@@ -173,6 +175,15 @@ impl Rows {
         unsafe {
             std::slice::from_raw_parts_mut(self.base.add(index * self.row_bytes).as_ptr(), self.row_bytes)
         }
+    }
+
+    /// Row `index`, to read.
+    ///
+    /// # Safety
+    /// The heap is alive, and no one writes the row while the reference lives.
+    pub unsafe fn row(&self, index: usize) -> &[u8] {
+        // SAFETY: any bytes are a `u8`; the caller vouches for the rest.
+        unsafe { self.row_as(index) }
     }
 
     /// Row `index`, to read as elements of `T`.

@@ -91,7 +91,7 @@ impl Handle {
         let rows = config.max_tokens_per_rank * config.top_k * size_of::<RowOn>();
         let ones = config.top_k * size_of::<f32>();
         let rails = if config.is_single_node() { 0 } else { Rails::local_bytes(config, plan) };
-        rows + ones + Fields::of_plan(config, plan).record_bytes() + Node::local_bytes(config) + rails
+        rows + ones + Fields::of_plan(config, plan).record_bytes() + Node::local_bytes(config, plan) + rails
     }
 
     fn contract(&self, stage: Stage, why: impl Into<Source>) -> Error {
@@ -166,7 +166,7 @@ impl Handle {
         self.kernel.forward(&mut self.node, &self.destinations, round, deadline)?;
         let forwarded = self.kernel.forwarded();
         if let Some(board) = forwarded {
-            self.announce(board, round, None)?;
+            self.announce(board, round, self.node.overflow())?;
         }
         let mut total = 0;
         let mut first: Option<(Rank, Fault)> = None;
@@ -191,7 +191,7 @@ impl Handle {
             failed |= board.wait(&*self.heap, rank, round, deadline)?.fault.is_some();
         }
         if !failed {
-            self.kernel.give_back(&self.node, round)?;
+            self.kernel.give_back(&mut self.node, round)?;
         }
         let fault = board.wait_all(&*self.heap, round, deadline, |_, _| {})?;
         if fault.is_none() {
@@ -213,7 +213,7 @@ impl Handle {
                 DType::F32 => OutputRow::F32(out.row_mut(token)?),
                 _ => OutputRow::Bf16(out.row_mut(token)?),
             };
-            self.kernel.sum(&self.node, token, rows, out)?;
+            self.kernel.sum(&mut self.node, token, rows, out)?;
         }
         Ok(())
     }
@@ -250,6 +250,9 @@ impl PrepareAndFinalize for Handle {
                 Fault::BadTensor
             }),
         };
+        if fault.is_none() {
+            self.node.publish(self.received[0] as usize);
+        }
         let status = fault.map_or(Status::done(0), Status::failed);
         let posted = self.buffers.ready.post_all(&*self.heap, sent.round(), status);
         posted.map_err(|e| self.broken(e, Stage::Combine))?;
@@ -297,6 +300,7 @@ impl PrepareAndFinalizeModular for Handle {
             fault = Some(Fault::BadTensor);
             self.ledger.explain(why);
         }
+        fault = fault.or(self.node.overflow());
         let ended = self.kernel.end(round, fault.is_some());
         let announced = ended.and(self.announce(self.buffers.dispatched, round, fault));
         announced.map_err(|e| self.broken(e, Stage::QuantizeDispatch))?;

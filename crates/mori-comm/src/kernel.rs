@@ -40,11 +40,11 @@ pub(crate) trait Hops {
     /// The statuses with which a rank says that its forwarding is done; `None` if there is none to do.
     fn forwarded(&self) -> Option<StatusBoard>;
     /// Sends what this node computed for tokens of others. The outputs of its ranks are ready.
-    fn give_back(&mut self, node: &Node, round: u64) -> Result<()>;
+    fn give_back(&mut self, node: &mut Node, round: u64) -> Result<()>;
     /// Waits for what other nodes computed. The outputs of all ranks are ready.
     fn collect(&self, round: u64, deadline: Deadline) -> Result<()>;
     /// Writes the sum of the outputs for one of this rank's tokens, which lies at `rows` on this node.
-    fn sum(&mut self, node: &Node, token: usize, rows: &[RowOn], out: OutputRow<'_>) -> Result<()>;
+    fn sum(&mut self, node: &mut Node, token: usize, rows: &[RowOn], out: OutputRow<'_>) -> Result<()>;
     /// Bytes allocated.
     fn allocated_bytes(&self) -> usize;
 }
@@ -119,7 +119,7 @@ impl Hops for IntraNode {
         None
     }
 
-    fn give_back(&mut self, _: &Node, _: u64) -> Result<()> {
+    fn give_back(&mut self, _: &mut Node, _: u64) -> Result<()> {
         Ok(())
     }
 
@@ -127,8 +127,8 @@ impl Hops for IntraNode {
         Ok(())
     }
 
-    fn sum(&mut self, node: &Node, _: usize, rows: &[RowOn], out: OutputRow<'_>) -> Result<()> {
-        out.write(&node.outputs(rows));
+    fn sum(&mut self, node: &mut Node, _: usize, rows: &[RowOn], out: OutputRow<'_>) -> Result<()> {
+        node.sum_outputs(rows, out);
         Ok(())
     }
 
@@ -168,7 +168,7 @@ impl<W: Windows> Hops for InterNode<W> {
         Some(self.rails.buffers().forwarded)
     }
 
-    fn give_back(&mut self, node: &Node, round: u64) -> Result<()> {
+    fn give_back(&mut self, node: &mut Node, round: u64) -> Result<()> {
         self.rails.give_back(node, round)
     }
 
@@ -176,7 +176,7 @@ impl<W: Windows> Hops for InterNode<W> {
         self.rails.collect(round, deadline)
     }
 
-    fn sum(&mut self, node: &Node, token: usize, rows: &[RowOn], out: OutputRow<'_>) -> Result<()> {
+    fn sum(&mut self, node: &mut Node, token: usize, rows: &[RowOn], out: OutputRow<'_>) -> Result<()> {
         self.rails.sum((node, self.nodes), (token, rows), out)
     }
 

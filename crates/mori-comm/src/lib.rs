@@ -43,7 +43,13 @@
 //! # Ok::<(), ep_transport::TransportError>(())
 //! ```
 //!
-//! Not here: monolithic layers, quantised combine. Nodes of different sizes are refused.
+//! With [`CombineWire::Fp8Block`](fused_moe_core::CombineWire) every row that comes back, a rank's output or a node's
+//! sum, is rounded to bf16 and then quantised, with a true scale for each 128 columns.
+//!
+//! With `max_received_rows` a rank has room for fewer rows than all tokens of all ranks; if more come, the round is an
+//! error on all ranks.
+//!
+//! Not here: monolithic layers. Nodes of different sizes are refused.
 
 mod kernel_type;
 mod provider;

@@ -12,16 +12,14 @@ use std::sync::Arc;
 
 use ep_transport::{Heap, RowCursor, TransportError, copy_streaming};
 use fused_moe_core::{
-    Arrived, DType, Dispatched, Error, MoeConfig, Plan, Rank, ReceivedRows, Result, Source, Stage,
+    Arrived, DType, Dispatched, Error, Fault, MoeConfig, Plan, Rank, ReceivedRows, Result, Source, Stage,
     TensorView, TensorViewMut, TopK, ViewError,
 };
-use half::bf16;
-use quant::Term;
 
 use crate::buffers::{Buffers, Rows};
 use crate::nodes::{Destinations, Nodes};
 use crate::record::Fields;
-use crate::sum::Terms;
+use crate::sum::{OutputRow, Sums};
 
 /// What the ranks of a node may write in a round and find in their last-level cache when they read it, in bytes: half
 /// of the 32 MiB that cores commonly share.
@@ -46,7 +44,7 @@ impl RowOn {
 #[derive(Clone, Copy, Debug)]
 struct Peer {
     received: Fields<Rows>,
-    expert_out: Rows,
+    outputs: Rows,
 }
 
 /// How many rows of a rank this one has to do with in a round.
@@ -69,6 +67,12 @@ pub(crate) struct Node {
     cursor: RowCursor,
     peers: Vec<Peer>,
     tallies: Vec<Tally>,
+    /// What this rank's experts write.
+    expert_out: Rows,
+    sums: Sums,
+    /// Received rows that fit on a rank, and what came of it if there were more.
+    max_rows: u32,
+    overflow: Option<Fault>,
     row_bytes: usize,
     output_bytes: usize,
     /// Whether rows are written past the caches.
@@ -94,14 +98,18 @@ impl Node {
         };
         let peer = |rank| {
             let received = buffers.received.try_map(|region| map(rank, region))?;
-            Ok(Peer { received, expert_out: map(rank, buffers.expert_out)? })
+            Ok(Peer { received, outputs: map(rank, buffers.outputs)? })
         };
         let peers = nodes.peers().map(peer).collect::<Result<Vec<_>>>()?;
         Ok(Self {
             tallies: vec![Tally::default(); peers.len()],
             cursor: buffers.cursor,
+            expert_out: map(nodes.rank(), buffers.expert_out)?,
+            sums: Sums::new(config, plan),
+            max_rows: plan.max_rows() as u32,
+            overflow: None,
             row_bytes: Fields::of_plan(config, plan).record_bytes(),
-            output_bytes: buffers.expert_out.row_bytes(),
+            output_bytes: buffers.outputs.row_bytes(),
             streaming: false,
             payload_dtype: plan.wire().payload,
             wire_has_scales: plan.wire().scale.is_some(),
@@ -112,19 +120,21 @@ impl Node {
     }
 
     /// Bytes of this rank's own bookkeeping.
-    pub fn local_bytes(config: &MoeConfig) -> usize {
-        Nodes::new(config, Rank(0)).ranks_per_node() * size_of::<Tally>()
+    pub fn local_bytes(config: &MoeConfig, plan: &Plan) -> usize {
+        let tallies = Nodes::new(config, Rank(0)).ranks_per_node() * size_of::<Tally>();
+        tallies + Sums::local_bytes(config, plan)
     }
 
     /// What is allocated of it.
     pub fn allocated_bytes(&self) -> usize {
-        self.tallies.len() * size_of::<Tally>()
+        self.tallies.len() * size_of::<Tally>() + self.sums.allocated_bytes()
     }
 
     /// Begins a round. All ranks of the node have posted their last status of the dispatch before this one, so nobody
     /// takes rows of that round any more.
     pub fn begin(&mut self, round: u64) -> ep_transport::Result<()> {
         self.tallies.fill(Tally::default());
+        self.overflow = None;
         self.cursor.rearm(&*self.heap, round)
     }
 
@@ -140,11 +150,17 @@ impl Node {
         }
     }
 
-    /// Reserves rows for all tokens found since the last time: one atomic add per rank.
+    /// Reserves rows for all tokens found since the last time: one atomic add per rank. Where there is no room for all
+    /// of them, the rest is not written, and [`Node::overflow`] says so.
     pub fn reserve(&mut self, round: u64) -> ep_transport::Result<()> {
         self.streaming = self.streams();
         for (rank, tally) in self.nodes.peers().zip(&mut self.tallies).filter(|(_, tally)| tally.found > 0) {
             tally.next = self.cursor.take(&*self.heap, rank, round, u64::from(tally.found))? as u32;
+            let rows = tally.next.saturating_add(tally.found);
+            if rows > self.max_rows {
+                let fault = Fault::TooManyReceivedRows { rank: rank.0, rows, max: self.max_rows };
+                self.overflow.get_or_insert(fault);
+            }
             tally.found = 0;
         }
         Ok(())
@@ -160,6 +176,10 @@ impl Node {
     pub fn write(&mut self, token: Fields<&[u8]>, rows: &mut [RowOn]) {
         for on in rows.iter_mut().filter(|on| on.place != RowOn::NOWHERE.place) {
             let tally = &mut self.tallies[on.place as usize];
+            if tally.next >= self.max_rows {
+                *on = RowOn::NOWHERE;
+                continue;
+            }
             on.row = tally.next;
             tally.next += 1;
             tally.fresh += 1;
@@ -175,6 +195,11 @@ impl Node {
                 }
             }
         }
+    }
+
+    /// What this rank has to say of rows for which there was no room in this round.
+    pub fn overflow(&self) -> Option<Fault> {
+        self.overflow
     }
 
     /// Rows written to `rank` since the last announcement; none if it is on another node.
@@ -193,15 +218,33 @@ impl Node {
         }
     }
 
-    /// The outputs of `rows`, slot by slot.
-    pub fn outputs(&self, rows: &[RowOn]) -> Terms<'_> {
+    /// Writes the sum of the outputs of `rows`, slot by slot. Zero if there are none.
+    pub fn sum_outputs(&mut self, rows: &[RowOn], out: OutputRow<'_>) {
+        let Self { peers, sums, .. } = self;
         let output = |on: &RowOn| {
-            let peer = &self.peers[on.place as usize];
             // SAFETY: the owner of the row has posted that its outputs are ready and writes them again only after
-            // this rank's next dispatch status; any bytes are a bf16.
-            Term::of(unsafe { peer.expert_out.row_as::<bf16>(on.row as usize) })
+            // this rank's next dispatch status.
+            unsafe { peers[on.place as usize].outputs.row(on.row as usize) }
         };
-        rows.iter().filter(|on| **on != RowOn::NOWHERE).map(output).collect()
+        sums.write(rows.iter().filter(|on| **on != RowOn::NOWHERE).map(output), out);
+    }
+
+    /// How rows travel in this handle's combine.
+    pub fn sums(&mut self) -> &mut Sums {
+        &mut self.sums
+    }
+
+    /// Brings the first `count` of this rank's expert outputs into the form in which they travel.
+    pub fn publish(&mut self, count: usize) {
+        if !self.sums.quantises() {
+            return;
+        }
+        let (expert_out, outputs) = (self.expert_out, self.mine().outputs);
+        for row in 0..count {
+            // SAFETY: both rows are this rank's alone until it posts that its outputs are ready, and the experts have
+            // handed the first back; any bytes are a bf16.
+            unsafe { self.sums.pack(expert_out.row_as(row), outputs.row_mut(row)) };
+        }
     }
 
     /// Counts the outputs of all rows written in this round as read.
@@ -217,7 +260,7 @@ impl Node {
 
     /// Views of this rank's received rows, of which the first `count` are valid.
     pub fn received<'a>(&'a self, count: &'a [i32; 1]) -> Result<Dispatched<'a>, ViewError> {
-        let Peer { received, expert_out } = self.mine();
+        let (Peer { received, .. }, expert_out) = (self.mine(), &self.expert_out);
         let view = |rows: &Rows, dtype| {
             // SAFETY: the writers of this round have posted their statuses and those of the next wait for this
             // rank's; `&self` keeps the heap alive and this rank from posting it.
@@ -244,7 +287,7 @@ impl Node {
 
     /// Copies the first `count` expert outputs, which the caller lent, into the region that peers read.
     pub fn take_lent(&mut self, lent: TensorView<'_>, count: usize) -> Result<(), Source> {
-        let expert_out = self.mine().expert_out;
+        let expert_out = self.expert_out;
         let layout = expert_out.tensor_layout(DType::Bf16);
         if lent.dims() != layout.dims() || lent.dtype() != DType::Bf16 {
             let (dims, dtype, wanted) = (lent.dims(), lent.dtype(), layout.dims());

@@ -26,6 +26,11 @@ impl Nodes {
         self.ranks_per_node
     }
 
+    /// This rank.
+    pub fn rank(&self) -> Rank {
+        self.rank
+    }
+
     /// This rank's node.
     pub fn mine(&self) -> usize {
         self.node_of(self.rank)

@@ -81,10 +81,12 @@ fn caps(backend: MoriBackend, config: &MoeConfig) -> PrepareCaps {
     if quantized.scale.is_some() {
         wires.push(quantized);
     }
-    let max_rows = config.ep_size() * config.max_tokens_per_rank;
+    let all_rows = config.ep_size() * config.max_tokens_per_rank;
+    let max_rows = config.max_received_rows.map_or(all_rows, |most| most.min(all_rows));
     let mut caps = PrepareCaps::host(MoriBackend::name(backend), KernelKind::Modular, wires, max_rows);
     caps.weight_on_input = true;
     caps.in_place_output = true;
+    caps.combine_wire = config.combine_wire;
     if !config.is_single_node() {
         caps.partial_sums = PartialSums::OfNodes { ranks_per_node: config.ranks_per_node };
     }

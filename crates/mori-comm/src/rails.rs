@@ -21,14 +21,13 @@ use std::sync::Arc;
 use ep_transport::{Deadline, Heap, Payload, Signal, Until};
 use fused_moe_core::{MoeConfig, Plan, Rank};
 use half::bf16;
-use quant::{Isa, Term, sum_rows};
 
-use crate::buffers::{CHUNK, RailBuffers, output_bytes};
+use crate::buffers::{CHUNK, RailBuffers};
 use crate::kernel::Token;
 use crate::node::{Node, RowOn};
 use crate::nodes::{Destinations, Nodes};
 use crate::record::{Fields, read_ids};
-use crate::sum::{OutputRow, Terms, bytes_of, elements_of};
+use crate::sum::{FewRows, OutputRow, travelling_bytes};
 
 /// What the flag of a chunk says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,8 +81,8 @@ struct Rail {
     complete: bool,
     /// `[max_tokens, top_k]`: where the proxy's tokens lie on this node.
     rows: Vec<RowOn>,
-    /// `[max_tokens, hidden]`: sums of outputs for the proxy, the sources of puts.
-    sums: Vec<bf16>,
+    /// `[max_tokens]` sums of outputs for the proxy as they travel, the sources of puts.
+    sums: Vec<u8>,
 }
 
 /// All other nodes.
@@ -92,8 +91,9 @@ pub(crate) struct Rails {
     buffers: RailBuffers,
     record: Fields<usize>,
     ids: Vec<i32>,
-    /// `[hidden]`: what this node computed for one of this rank's tokens.
-    own: Vec<bf16>,
+    /// `[hidden]`: a sum over this node, and the same as it travels.
+    sum: Vec<bf16>,
+    own: Vec<u8>,
     heap: Arc<dyn Heap>,
 }
 
@@ -118,14 +118,15 @@ impl Rails {
             forwarded: 0,
             complete: false,
             rows: vec![RowOn::NOWHERE; tokens * config.top_k],
-            sums: vec![bf16::ZERO; tokens * config.hidden],
+            sums: vec![0; tokens * travelling_bytes(config, plan)],
         };
         Self {
             rails: nodes.others().map(rail).collect(),
             buffers,
             record,
             ids: vec![0; config.top_k],
-            own: vec![bf16::ZERO; config.hidden],
+            sum: vec![bf16::ZERO; config.hidden],
+            own: vec![0; travelling_bytes(config, plan)],
             heap,
         }
     }
@@ -133,9 +134,11 @@ impl Rails {
     /// Bytes of this rank's own bookkeeping.
     pub fn local_bytes(config: &MoeConfig, plan: &Plan) -> usize {
         let record = Fields::of_plan(config, plan).record_bytes();
-        let token = record + size_of::<u32>() + config.top_k * size_of::<RowOn>() + output_bytes(config);
+        let row = travelling_bytes(config, plan);
+        let token = record + size_of::<u32>() + config.top_k * size_of::<RowOn>() + row;
         let rails = Nodes::new(config, Rank(0)).count() - 1;
-        rails * config.max_tokens_per_rank * token + config.top_k * size_of::<i32>() + output_bytes(config)
+        let once = config.top_k * size_of::<i32>() + config.hidden * size_of::<bf16>() + row;
+        rails * config.max_tokens_per_rank * token + once
     }
 
     /// What is allocated of it.
@@ -144,11 +147,12 @@ impl Rails {
             rail.outgoing.len()
                 + rail.slots.len() * size_of::<u32>()
                 + rail.rows.len() * size_of::<RowOn>()
-                + size_of_val(&*rail.sums)
+                + rail.sums.len()
         };
         self.rails.iter().map(rail).sum::<usize>()
             + self.ids.len() * size_of::<i32>()
-            + size_of_val(&*self.own)
+            + size_of_val(&*self.sum)
+            + self.own.len()
     }
 
     pub fn buffers(&self) -> &RailBuffers {
@@ -240,9 +244,9 @@ impl Rails {
     }
 
     /// Sums what this node has computed for the tokens of its proxies, and puts the sums back.
-    pub fn give_back(&mut self, node: &Node, round: u64) -> ep_transport::Result<()> {
-        let Self { rails, buffers, ids, own, heap, .. } = self;
-        let (top_k, hidden) = (ids.len(), own.len());
+    pub fn give_back(&mut self, node: &mut Node, round: u64) -> ep_transport::Result<()> {
+        let Self { rails, buffers, ids, sum, heap, .. } = self;
+        let (top_k, row_bytes) = (ids.len(), buffers.returned.row_bytes());
         for rail in rails {
             for first in (0..rail.forwarded).step_by(CHUNK) {
                 let tokens = first..(first + CHUNK).min(rail.forwarded);
@@ -252,11 +256,11 @@ impl Rails {
                     if rows.iter().all(|on| *on == RowOn::NOWHERE) {
                         continue;
                     }
-                    let sum = &mut rail.sums[token * hidden..][..hidden];
-                    sum_rows(Isa::detect(), &node.outputs(rows), sum);
+                    node.sum_outputs(rows, OutputRow::Bf16(sum));
+                    node.sums().pack(sum, &mut rail.sums[token * row_bytes..][..row_bytes]);
                 }
                 let row = buffers.returned_row(rail.there) + first;
-                let bytes = bytes_of(&rail.sums[first * hidden..tokens.end * hidden]);
+                let bytes = &rail.sums[first * row_bytes..tokens.end * row_bytes];
                 let payload = Payload { offset: buffers.returned.row(row), bytes };
                 let signal = Signal { word: buffers.back(rail.there, first / CHUNK), value: round };
                 // SAFETY: the proxy reads the rows after the flag and has read those of the round before: see the head
@@ -282,18 +286,21 @@ impl Rails {
     /// node.
     pub fn sum(
         &mut self,
-        (node, nodes): (&Node, Nodes),
+        (node, nodes): (&mut Node, Nodes),
         (token, rows): (usize, &[RowOn]),
         out: OutputRow<'_>,
     ) -> ep_transport::Result<()> {
-        let Self { rails, buffers, own, heap, .. } = self;
+        let Self { rails, buffers, sum, own, heap, .. } = self;
         // This node's own sum is rounded as if it had travelled, so that it does not matter who asks.
-        let outputs = node.outputs(rows);
-        sum_rows(Isa::detect(), &outputs, own);
-        let mut terms = Terms::new();
+        let here = rows.iter().any(|on| *on != RowOn::NOWHERE);
+        if here {
+            node.sum_outputs(rows, OutputRow::Bf16(sum));
+            node.sums().pack(sum, own);
+        }
+        let mut terms = FewRows::<&[u8]>::new();
         for number in 0..nodes.count() {
             if number == nodes.mine() {
-                terms.extend((!outputs.is_empty()).then(|| Term::of(own)));
+                terms.extend(here.then_some(&**own));
                 continue;
             }
             let rail = rails.iter().find(|rail| rail.node == number);
@@ -302,10 +309,9 @@ impl Rails {
             let row = buffers.returned.row(buffers.returned_row(window) + slot as usize);
             // SAFETY: the flag of the row's chunk was seen, and the proxy writes it again only after this rank's
             // next dispatch status.
-            let values = unsafe { heap.local(row, buffers.returned.row_bytes())? };
-            terms.push(Term::of(elements_of(values)));
+            terms.push(unsafe { heap.local(row, buffers.returned.row_bytes())? });
         }
-        out.write(&terms);
+        node.sums().write(terms.into_iter(), out);
         Ok(())
     }
 }

@@ -12,7 +12,8 @@ pub(crate) fn traffic(backend: MoriBackend, config: &MoeConfig, wire: &WireForma
     let routing = config.top_k * (size_of::<i32>() + size_of::<f32>());
     let row =
         wire.payload_bytes(config.hidden) + wire.scale_bytes(config.hidden) + routing + size_of::<u32>();
-    let output = config.hidden * config.in_dtype.size_bytes();
+    let back = config.combine_wire.format(config.in_dtype);
+    let output = back.payload_bytes(config.hidden) + back.scale_bytes(config.hidden);
     let spread = ExpectedSpread::new(config);
     let (protocol, copies) = match KernelType::select(backend, config) {
         KernelType::IntraNode => (Protocol::ONE_HOP, spread.per_rank()),

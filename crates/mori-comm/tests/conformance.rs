@@ -3,5 +3,5 @@
 use moe_conformance::conformance_comm;
 use mori_comm::MoriBackend;
 
-conformance_comm!(mori_high_throughput, MoriBackend::HighThroughput, floor = 117);
-conformance_comm!(mori_low_latency, MoriBackend::LowLatency, floor = 117);
+conformance_comm!(mori_high_throughput, MoriBackend::HighThroughput, floor = 131);
+conformance_comm!(mori_low_latency, MoriBackend::LowLatency, floor = 131);

@@ -4,7 +4,7 @@
 use std::collections::HashSet;
 use std::sync::Barrier;
 
-use fused_moe_core::{NO_EXPERT, ProcessGroup};
+use fused_moe_core::{ErrorKind, Fault, NO_EXPERT, ProcessGroup};
 use half::bf16;
 use mori_comm::MoriBackend;
 use proptest::prelude::*;
@@ -106,7 +106,7 @@ fn worlds() -> impl Strategy<Value = World> {
                 (0..counts[rank]).flat_map(token).collect()
             });
             let ids = ids.collect();
-            World { nodes, ranks_per_node, hidden, top_k, owners, ids }
+            World { nodes, ranks_per_node, hidden, top_k, max_received_rows: None, owners, ids }
         },
     )
 }
@@ -131,6 +131,7 @@ fn everywhere() -> World {
         ranks_per_node: 4,
         hidden: 16,
         top_k: 8,
+        max_received_rows: None,
         owners: (0..8).collect(),
         ids: ids.map(Iterator::collect).collect(),
     }
@@ -172,5 +173,36 @@ fn a_send_waits_for_nobody() {
             // The dropped ticket ends with the next round, in which all goes well.
             assert!(rank.round().is_ok());
         });
+    }
+}
+
+/// More rows than fit are the same error on all ranks, wherever they were too many: sent by a rank of the node, or
+/// forwarded by one. The next round is right.
+#[test]
+fn more_rows_than_fit_are_an_error_everywhere() {
+    let full = everywhere();
+    // The tokens of three ranks, of either node.
+    for (nodes, senders) in [(1, [0, 3, 6]), (2, [1, 2, 3]), (2, [4, 6, 7]), (4, [0, 5, 7])] {
+        let world = World { nodes, ranks_per_node: 8 / nodes, max_received_rows: Some(200), ..full.clone() };
+        let of = |rank: usize, tokens: usize| match senders.contains(&rank) {
+            true => full.ids[rank][..tokens * full.top_k].to_vec(),
+            false => Vec::new(),
+        };
+        let many = World { ids: (0..8).map(|rank| of(rank, 67)).collect(), ..world.clone() };
+        let few = World { ids: (0..8).map(|rank| of(rank, 66)).collect(), ..world.clone() };
+        for backend in MoriBackend::ALL {
+            let ends = world.run(|group| {
+                let mut rank = Rank::new(&world, backend, &group);
+                rank.bring(&many);
+                let failed = rank.round().unwrap_err().kind;
+                rank.bring(&few);
+                (failed, rank.round().unwrap())
+            });
+            let (failed, rounds): (Vec<_>, Vec<_>) = ends.into_iter().unzip();
+            assert!(failed.iter().all(|kind| *kind == failed[0]), "{failed:?}");
+            let ErrorKind::RankFailed { fault, .. } = failed[0] else { panic!("{failed:?}") };
+            assert!(matches!(fault, Fault::TooManyReceivedRows { rows: 201.., max: 200, .. }), "{fault:?}");
+            check(&few, &rounds);
+        }
     }
 }

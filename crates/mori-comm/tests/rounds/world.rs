@@ -17,6 +17,7 @@ pub struct World {
     pub ranks_per_node: usize,
     pub hidden: usize,
     pub top_k: usize,
+    pub max_received_rows: Option<usize>,
     /// The rank of each expert.
     pub owners: Vec<usize>,
     /// `[ranks][tokens · top_k]`.
@@ -114,6 +115,7 @@ impl World {
             intermediate: 8,
             top_k: self.top_k,
             max_tokens_per_rank: most.max(1),
+            max_received_rows: self.max_received_rows,
             ranks_per_node: self.ranks_per_node,
             ..MoeConfig::new(ExpertPlacement::from_owners(&self.owners, self.ranks()).unwrap())
         }
@@ -146,15 +148,19 @@ pub struct Rank<'w> {
 
 impl<'w> Rank<'w> {
     pub fn new(world: &'w World, backend: MoriBackend, group: &Endpoint) -> Self {
-        let rank = group.rank().index();
+        let (rank, comm) = (group.rank().index(), world.handle(backend, group));
+        let mut this = Self { world, rank, comm, hidden: Vec::new(), weights: Vec::new() };
+        this.bring(world);
+        this
+    }
+
+    /// Goes on with the tokens of `world`, of which there are no more than the handle was built for.
+    pub fn bring(&mut self, world: &'w World) {
+        let rank = self.rank;
         let rows = || (0..world.tokens(rank)).map(|token| world.row((rank, token)));
-        Self {
-            world,
-            rank,
-            comm: world.handle(backend, group),
-            hidden: rows().flat_map(|row| row.payload).map(bf16::from_bits).collect(),
-            weights: rows().flat_map(|row| row.weights).map(f32::from_bits).collect(),
-        }
+        self.world = world;
+        self.hidden = rows().flat_map(|row| row.payload).map(bf16::from_bits).collect();
+        self.weights = rows().flat_map(|row| row.weights).map(f32::from_bits).collect();
     }
 
     pub fn prepare_send<'a>(&'a mut self) -> Result<Sent<'a, phase::Prepare>> {
