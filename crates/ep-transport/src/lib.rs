@@ -50,6 +50,7 @@ mod handshake;
 mod heap;
 #[cfg(feature = "mpi")]
 mod mpi;
+mod poison;
 pub mod probe;
 #[cfg(target_os = "linux")]
 mod processes;
@@ -77,6 +78,7 @@ pub use traffic::Traffic;
 
 #[cfg(feature = "mpi")]
 pub use mpi::{MpiOptions, MpiRank, MpiWorld};
+pub use poison::{POISON, Poisoned};
 #[cfg(target_os = "linux")]
 pub use processes::{NoToken, ProcessOptions, Rendezvous, Token, join_processes};
 pub use shared::SharedRank;

@@ -108,9 +108,9 @@ pub trait Transport: Send + Sync {
     /// As [`all_gather`](Transport::all_gather).
     fn barrier(&self, deadline: Deadline) -> Result<()>;
 
-    /// Allocates a heap of `size` on every rank, all bytes and words zero. Collective; returns when the memory
-    /// of every rank is ready to be written by every other. The memory of a rank lives as long as any rank holds
-    /// the heap.
+    /// Allocates a heap of `size` on every rank, all bytes and words zero (but see [`Poisoned`](crate::Poisoned)).
+    /// Collective; returns when the memory of every rank is ready to be written by every other. The memory of a rank
+    /// lives as long as any rank holds the heap.
     ///
     /// # Errors
     /// As [`all_gather`](Transport::all_gather); [`Mismatch`](crate::TransportError::Mismatch) on all ranks if

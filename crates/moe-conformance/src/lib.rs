@@ -15,6 +15,7 @@
 //! What is refused must be refused by the factory, too, and at least `floor` cases must pass. The name of a case
 //! says what is checked, under which scheme and over how many ranks: `rows_block_ep8`. Ranks are threads unless
 //! [`Settings::with_launcher`] says otherwise: with [`Spmd`] the suite runs as one rank of a group of processes.
+//! Their heaps are [`Poisoned`](ep_transport::Poisoned): memory that a backend reads and no one wrote is NaN.
 //!
 //! | comm | checks |
 //! |---|---|

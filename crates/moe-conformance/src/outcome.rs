@@ -1,10 +1,11 @@
 //! How a case ends, and how long it may take.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use ep_transport::Endpoint;
+use ep_transport::{Endpoint, Poisoned};
 use fused_moe_core::Unsupported;
 
 use crate::case::Case;
@@ -139,7 +140,12 @@ pub(crate) fn supervised(settings: Settings, case: impl FnOnce() -> Check + Send
         .unwrap_or_else(|_| Outcome::Fail(format!("hangs: no end after {patience:?}")))
 }
 
-/// Runs `body` on the ranks that `case` needs and returns what they return, or the failures of all.
+fn poisoned(group: &Endpoint) -> Endpoint {
+    Endpoint::new(Arc::new(Poisoned::new(Arc::clone(group.transport()))))
+}
+
+/// Runs `body` on the ranks that `case` needs and returns what they return, or the failures of all. Their heaps are
+/// poisoned: what a backend reads without having written it is NaN.
 pub(crate) fn on_ranks<T: Portable>(
     case: &Case,
     settings: Settings,
@@ -150,7 +156,7 @@ pub(crate) fn on_ranks<T: Portable>(
         ranks_per_node: case.config().ranks_per_node,
         timeout: settings.timeout,
     };
-    let results = settings.launcher.launch(spec, &|group| encode(body(group)))?;
+    let results = settings.launcher.launch(spec, &|group| encode(body(poisoned(&group))))?;
     let (mut values, mut failures) = (Vec::new(), Vec::new());
     for (rank, result) in results.iter().enumerate() {
         match decode(result) {
