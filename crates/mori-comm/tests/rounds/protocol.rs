@@ -4,7 +4,8 @@
 use std::collections::HashSet;
 use std::sync::Barrier;
 
-use fused_moe_core::{ErrorKind, Fault, NO_EXPERT, ProcessGroup};
+use ep_transport::Traffic;
+use fused_moe_core::{DType, ErrorKind, Fault, NO_EXPERT, PrepareFinalizeProvider, ProcessGroup, WireFormat};
 use half::bf16;
 use mori_comm::MoriBackend;
 use proptest::prelude::*;
@@ -122,25 +123,10 @@ proptest! {
     }
 }
 
-/// Eight ranks of two nodes, an expert on each; every token goes to all of them.
-fn everywhere() -> World {
-    let token = |rank: i32, token: i32| (0..8).map(move |slot| (slot * 3 + token + rank) % 8);
-    let ids = (0..8).map(|rank| (0..70).flat_map(move |index| token(rank, index)));
-    World {
-        nodes: 2,
-        ranks_per_node: 4,
-        hidden: 16,
-        top_k: 8,
-        max_received_rows: None,
-        owners: (0..8).collect(),
-        ids: ids.map(Iterator::collect).collect(),
-    }
-}
-
 /// A kernel that sums slots or nodes in another order, or rounds elsewhere, is found by these very rounds.
 #[test]
 fn another_order_gives_other_bits() {
-    let world = everywhere();
+    let world = World::everywhere();
     for backend in MoriBackend::ALL {
         let rounds = &run(&world, backend, 1)[0];
         check(&world, rounds);
@@ -158,7 +144,7 @@ fn another_order_gives_other_bits() {
 /// A rank sends while its peers have not even begun, and computes something else before it receives.
 #[test]
 fn a_send_waits_for_nobody() {
-    let world = everywhere();
+    let world = World::everywhere();
     for backend in MoriBackend::ALL {
         let sent = Barrier::new(world.ranks());
         world.run(|group| {
@@ -180,7 +166,7 @@ fn a_send_waits_for_nobody() {
 /// forwarded by one. The next round is right.
 #[test]
 fn more_rows_than_fit_are_an_error_everywhere() {
-    let full = everywhere();
+    let full = World::everywhere();
     // The tokens of three ranks, of either node.
     for (nodes, senders) in [(1, [0, 3, 6]), (2, [1, 2, 3]), (2, [4, 6, 7]), (4, [0, 5, 7])] {
         let world = World { nodes, ranks_per_node: 8 / nodes, max_received_rows: Some(200), ..full.clone() };
@@ -203,6 +189,37 @@ fn more_rows_than_fit_are_an_error_everywhere() {
             let ErrorKind::RankFailed { fault, .. } = failed[0] else { panic!("{failed:?}") };
             assert!(matches!(fault, Fault::TooManyReceivedRows { rows: 201.., max: 200, .. }), "{fault:?}");
             check(&few, &rounds);
+        }
+    }
+}
+
+/// The bytes that a backend says a token moves over each link are those that the transport counts.
+#[test]
+fn bytes_are_those_that_were_announced() {
+    for (nodes, backend) in
+        [(1, MoriBackend::HighThroughput), (2, MoriBackend::HighThroughput), (4, MoriBackend::LowLatency)]
+    {
+        let world = World { nodes, ranks_per_node: 8 / nodes, ..World::everywhere() };
+        let moved = world.run(|group| {
+            let mut rank = Rank::new(&world, backend, &group);
+            let before = group.transport().traffic();
+            rank.round().unwrap();
+            group.transport().traffic() - before
+        });
+        let config = world.config();
+        let announced = backend.traffic(&config, &WireFormat::unquantized(DType::Bf16)).unwrap();
+        let (dispatch, combine) = (announced.dispatch, announced.combine);
+        let tokens: usize = (0..8).map(|rank| world.tokens(rank)).sum();
+        let total = |link: fn(&Traffic) -> u64| moved.iter().map(link).sum::<u64>() as f64 / tokens as f64;
+        let network = total(|traffic| traffic.internode_bytes);
+        let scale_up = total(|traffic| traffic.remote_bytes) - network;
+        for (counted, announced) in
+            [(network, dispatch.network + combine.network), (scale_up, dispatch.scale_up + combine.scale_up)]
+        {
+            assert!(
+                (counted - announced).abs() <= 1e-6 * announced,
+                "{nodes} nodes: {counted} of {announced}"
+            );
         }
     }
 }

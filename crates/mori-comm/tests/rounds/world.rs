@@ -4,6 +4,7 @@
 //! experts of a rank is a function of these, with all bits of a bf16 in use, so that the order of sums shows.
 
 use std::num::NonZeroUsize;
+use std::time::Duration;
 
 use ep_transport::{Endpoint, ThreadOptions, run_ranks};
 use fused_moe_core::*;
@@ -56,6 +57,21 @@ fn value(parts: &[usize]) -> bf16 {
 }
 
 impl World {
+    /// Eight ranks of two nodes, an expert on each; every token goes to all of them.
+    pub fn everywhere() -> Self {
+        let token = |rank: i32, token: i32| (0..8).map(move |slot| (slot * 3 + token + rank) % 8);
+        let ids = (0..8).map(|rank| (0..70).flat_map(move |index| token(rank, index)));
+        Self {
+            nodes: 2,
+            ranks_per_node: 4,
+            hidden: 16,
+            top_k: 8,
+            max_received_rows: None,
+            owners: (0..8).collect(),
+            ids: ids.map(Iterator::collect).collect(),
+        }
+    }
+
     pub fn ranks(&self) -> usize {
         self.nodes * self.ranks_per_node
     }
@@ -123,8 +139,13 @@ impl World {
 
     /// Runs `body` on every rank, over simulated nodes.
     pub fn run<T: Send>(&self, body: impl Fn(Endpoint) -> T + Sync) -> Vec<T> {
+        self.run_within(ThreadOptions::default().timeout, body)
+    }
+
+    /// The same with another deadline for every wait.
+    pub fn run_within<T: Send>(&self, timeout: Duration, body: impl Fn(Endpoint) -> T + Sync) -> Vec<T> {
         let ranks_per_node = NonZeroUsize::new(self.ranks_per_node);
-        run_ranks(self.ranks(), ThreadOptions { ranks_per_node, ..ThreadOptions::default() }, body).unwrap()
+        run_ranks(self.ranks(), ThreadOptions { ranks_per_node, timeout }, body).unwrap()
     }
 
     /// A handle of one rank.
@@ -135,6 +156,14 @@ impl World {
             other => panic!("{other:?}"),
         }
     }
+}
+
+/// A phase that another follows.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Phase {
+    PrepareSend,
+    PrepareRecv,
+    FinalizeSend,
 }
 
 /// A rank's end, and the tensors that it lends.
@@ -178,6 +207,11 @@ impl<'w> Rank<'w> {
 
     /// A whole round. Outputs are NaN before they are written.
     pub fn round(&mut self) -> Result<Round> {
+        Ok(self.round_until(None)?.expect("no phase was the last"))
+    }
+
+    /// A round up to a phase, behind which this rank does nothing any more.
+    pub fn round_until(&mut self, last: Option<Phase>) -> Result<Option<Round>> {
         let (world, rank) = (self.world, self.rank);
         let (top_k, tokens) = (world.top_k, world.tokens(rank));
         let Self { comm, hidden, weights, .. } = self;
@@ -189,6 +223,9 @@ impl<'w> Rank<'w> {
         let input = PrepareInput { hidden, topk, input_scale: None, fault: None };
         with_cx(|cx| {
             let sent = comm.prepare_send(cx, input)?;
+            if last == Some(Phase::PrepareSend) {
+                return Ok(None);
+            }
             let (mut dispatched, routed) = comm.prepare_recv(cx, sent)?;
             let mut output = dispatched.output.take().unwrap();
             let rows = received(&dispatched);
@@ -197,11 +234,17 @@ impl<'w> Rank<'w> {
                 let out = output.row_mut::<bf16>(index).unwrap();
                 (0..).zip(out).for_each(|(column, out)| *out = world.output(rank, row.source, column));
             }
+            if last == Some(Phase::PrepareRecv) {
+                return Ok(None);
+            }
             let sent = comm.finalize_send(cx, routed, ExpertOut::InPlace)?;
+            if last == Some(Phase::FinalizeSend) {
+                return Ok(None);
+            }
             let mut out = vec![f32::NAN; tokens * world.hidden];
             let view = TensorViewMut::from_slice(&mut out, DType::F32, &[tokens, world.hidden]).unwrap();
             comm.finalize_recv(cx, sent, view)?;
-            Ok(Round { rows, out })
+            Ok(Some(Round { rows, out }))
         })
     }
 }
