@@ -61,6 +61,31 @@ fn one_copy_per_rank_is_fewer_bytes(#[case] routing: &str, #[case] limit: f64) {
     assert!(against("naive") > 1.5 * gathered, "{report}");
 }
 
+/// Over two nodes of two ranks: what the transport counts is what `fmoe plan --machine` charges for, up to chance. The
+/// backends that gather send to every rank by themselves here, and over rails there.
+#[test]
+fn what_is_counted_is_what_a_machine_is_charged_for() {
+    let sizes = "--gpus-per-node 2 --tokens 64 --routing uniform --json";
+    let args = format!("bench comm --ep-size 4 --quant fp8-block --reps 1 {sizes}");
+    let counted = fmoe(args.split_whitespace()).succeeded().json();
+    let args = format!("plan --machine mi300x --ep 4 {sizes}");
+    let charged = fmoe(args.split_whitespace()).succeeded().json();
+    for all2all in ["mori_high_throughput", "mori_low_latency", "batched"] {
+        for half in ["dispatch", "combine"] {
+            let counted = &row(&counted, all2all)[half];
+            let [remote, network] =
+                ["remote_bytes", "internode_bytes"].map(|key| counted[key].as_f64().unwrap());
+            let charged = &row(&charged, all2all)[&format!("{half}_bytes")];
+            let [scale_up_of_rank, network_of_rank] =
+                ["scale_up", "network"].map(|link| charged[link].as_f64().unwrap());
+            for (got, of_rank) in [(network, network_of_rank), (remote - network, scale_up_of_rank)] {
+                let ratio = got / (4.0 * of_rank);
+                assert!((ratio - 1.0).abs() < 0.06, "{all2all} {half}: {counted}, {charged}");
+            }
+        }
+    }
+}
+
 #[test]
 fn more_ranks_are_compared_at_the_same_number_of_tokens() {
     let args = "bench comm --hidden 256 --experts 16 --top-k 4 --quant none --reps 1 --json --routing uniform \
