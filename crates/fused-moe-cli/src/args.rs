@@ -302,9 +302,9 @@ pub struct BenchCommArgs {
     /// Ranks on one (simulated) node; all of them if not given.
     #[arg(long, value_name = "G")]
     pub gpus_per_node: Option<usize>,
-    /// What a rank is.
-    #[arg(long, value_enum, default_value_t = Ranks::Threads)]
-    pub ranks: Ranks,
+    /// What a rank is; both kinds if not given.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Ranks::Threads, Ranks::Processes])]
+    pub ranks: Vec<Ranks>,
     /// Tokens that one rank brings to one call.
     #[arg(long, value_name = "T", value_delimiter = ',', default_values_t = [1, 8, 128, 512, 4096])]
     pub tokens: Vec<usize>,

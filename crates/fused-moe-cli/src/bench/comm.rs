@@ -32,6 +32,15 @@ enum Substrate {
     Processes,
 }
 
+impl Substrate {
+    const fn name(self) -> &'static str {
+        match self {
+            Substrate::Threads => "threads",
+            Substrate::Processes => "processes",
+        }
+    }
+}
+
 #[derive(Serialize)]
 struct Report {
     layer: Layer,
@@ -69,9 +78,9 @@ struct Row {
     /// Dispatch, combine and nothing in between.
     round_us: f64,
     round_us_spread: [f64; 2],
-    /// Copies beyond the caches, just before this row.
+    /// Copies beyond the caches, just before this row, with the stores that are faster.
     copy_gb_s: f64,
-    /// Physical bandwidth of dispatch over that.
+    /// What dispatch copied per second, to the own rank too, over that.
     dispatch_of_copy: f64,
 }
 
@@ -81,6 +90,8 @@ struct Half {
     /// As the transport counted: what crossed from rank to rank, and of that from node to node.
     remote_bytes: u64,
     internode_bytes: u64,
+    /// What a rank copied to itself.
+    local_bytes: u64,
     /// Bytes that are useful to someone, copies on the own rank included, per second: the convention of DeepEP and MoRI.
     algorithm_gb_s: f64,
     /// Remote bytes per second.
@@ -92,16 +103,25 @@ impl Half {
         let per_second = |bytes: f64| if sample.us > 0.0 { bytes / sample.us / 1e3 } else { 0.0 };
         Self {
             us: sample.us,
-            remote_bytes: sample.remote_bytes,
-            internode_bytes: sample.internode_bytes,
+            remote_bytes: sample.bytes.remote,
+            internode_bytes: sample.bytes.internode,
+            local_bytes: sample.bytes.local,
             algorithm_gb_s: per_second(useful_bytes),
-            physical_gb_s: per_second(sample.remote_bytes as f64),
+            physical_gb_s: per_second(sample.bytes.remote as f64),
         }
+    }
+}
+
+impl Half {
+    fn copied_gb_s(&self) -> f64 {
+        let copied = (self.remote_bytes + self.local_bytes) as f64;
+        if self.us > 0.0 { copied / self.us / 1e3 } else { 0.0 }
     }
 }
 
 #[derive(Serialize)]
 struct Ratio {
+    substrate: Substrate,
     ep_size: usize,
     wire: String,
     routing: &'static str,
@@ -114,6 +134,7 @@ struct Ratio {
 
 #[derive(Serialize)]
 struct Crowding {
+    substrate: Substrate,
     ep_size: usize,
     against_ep_size: usize,
     wire: String,
@@ -125,7 +146,7 @@ struct Crowding {
 
 /// Runs the command.
 pub fn run(args: &BenchCommArgs) -> Result<(), Failure> {
-    if args.ranks == Ranks::Mpi {
+    if args.ranks.contains(&Ranks::Mpi) {
         return refused("--ranks mpi: this version measures threads and processes");
     }
     if args.reps == 0 {
@@ -150,9 +171,10 @@ pub fn run(args: &BenchCommArgs) -> Result<(), Failure> {
     let (mut rows, mut refusals) = (Vec::new(), Vec::new());
     for Cells { group, measured: cells, refused } in groups {
         refusals.extend(refused);
-        if !cells.is_empty() {
-            let measured =
-                measure_group(args, group, |endpoint| measure_all(&cells, &registry, &endpoint, args.reps));
+        for &substrate in args.ranks.iter().filter(|_| !cells.is_empty()) {
+            let measured = measure_group(substrate, group, |endpoint| {
+                measure_all(&cells, &registry, &endpoint, args.reps)
+            });
             rows.extend(measured.or_failed()?);
         }
     }
@@ -178,13 +200,13 @@ pub fn run(args: &BenchCommArgs) -> Result<(), Failure> {
     if args.json { print_json(&report).or_failed() } else { tables::print_all(&report).or_failed() }
 }
 
-/// The rows of one group, on the substrate that the arguments name.
+/// The rows of one group on one substrate.
 fn measure_group(
-    args: &BenchCommArgs,
+    substrate: Ranks,
     group: Group,
     measure: impl Fn(Endpoint) -> anyhow::Result<Vec<Row>> + Sync,
 ) -> anyhow::Result<Vec<Row>> {
-    if args.ranks == Ranks::Processes {
+    if substrate == Ranks::Processes {
         #[cfg(target_os = "linux")]
         {
             let of_processes = |row| Row { substrate: Substrate::Processes, ..row };
@@ -226,7 +248,8 @@ fn measure_all(
         // One rank probes while the others sleep in the barrier.
         let mut copy_gb_s = 0.0;
         if endpoint.rank().index() == 0 {
-            copy_gb_s = beyond_caches(cell.payload_bytes(), Stores::NonTemporal);
+            let rate = |stores| beyond_caches(cell.payload_bytes(), stores);
+            copy_gb_s = rate(Stores::Ordinary).max(rate(Stores::NonTemporal));
         }
         transport.barrier(transport.deadline())?;
         let mine = rounds::measure(cell, registry, endpoint, reps)
@@ -266,7 +289,7 @@ impl Row {
             round_us: rounds.round_us,
             round_us_spread: rounds.spread,
             copy_gb_s,
-            dispatch_of_copy: if copy_gb_s > 0.0 { dispatch.physical_gb_s / copy_gb_s } else { 0.0 },
+            dispatch_of_copy: if copy_gb_s > 0.0 { dispatch.copied_gb_s() / copy_gb_s } else { 0.0 },
         }
     }
 
@@ -288,10 +311,12 @@ const GATHERING: [&str; 2] = ["allgather_reducescatter", "naive"];
 fn ratios(rows: &[Row]) -> Vec<Ratio> {
     let mut ratios = Vec::new();
     for row in rows.iter().filter(|row| !GATHERING.contains(&row.all2all)) {
-        let key = |row: &Row| (row.ep_size, row.wire.clone(), row.routing, row.tokens_per_rank);
+        let key =
+            |row: &Row| (row.substrate, row.ep_size, row.wire.clone(), row.routing, row.tokens_per_rank);
         let others = rows.iter().filter(|other| GATHERING.contains(&other.all2all) && key(other) == key(row));
         for other in others.filter(|_| row.remote_bytes() > 0.0) {
             ratios.push(Ratio {
+                substrate: row.substrate,
                 ep_size: row.ep_size,
                 wire: row.wire.clone(),
                 routing: row.routing,
@@ -308,11 +333,14 @@ fn ratios(rows: &[Row]) -> Vec<Ratio> {
 
 fn crowding(rows: &[Row]) -> Vec<Crowding> {
     let fewest = rows.iter().map(|row| row.ep_size).min().unwrap_or(0);
-    let key = |row: &Row| (row.all2all, row.wire.clone(), row.routing, row.tokens_per_rank * row.ep_size);
+    let key = |row: &Row| {
+        (row.substrate, row.all2all, row.wire.clone(), row.routing, row.tokens_per_rank * row.ep_size)
+    };
     let mut crowding = Vec::new();
     for row in rows.iter().filter(|row| row.ep_size > fewest) {
         let few = rows.iter().find(|few| few.ep_size == fewest && key(few) == key(row));
         crowding.extend(few.map(|few| Crowding {
+            substrate: row.substrate,
             ep_size: row.ep_size,
             against_ep_size: fewest,
             wire: row.wire.clone(),

@@ -28,11 +28,39 @@ pub struct Measured {
     dispatch_us: Vec<f64>,
     combine_us: Vec<f64>,
     round_us: Vec<f64>,
-    /// Remote and internode bytes that this rank moved in one round.
-    dispatch_bytes: [u64; 2],
-    combine_bytes: [u64; 2],
+    /// What this rank moved in one round.
+    dispatch_bytes: Bytes,
+    combine_bytes: Bytes,
     /// (token, rank) pairs of its own tokens.
     pub useful_rows: u64,
+}
+
+/// What a transport counted.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct Bytes {
+    /// From rank to rank.
+    pub remote: u64,
+    /// Of these, from node to node.
+    pub internode: u64,
+    /// From a rank to itself, where it copies too.
+    pub local: u64,
+}
+
+impl From<Traffic> for Bytes {
+    fn from(traffic: Traffic) -> Self {
+        let Traffic { remote_bytes, internode_bytes, local_bytes, .. } = traffic;
+        Self { remote: remote_bytes, internode: internode_bytes, local: local_bytes }
+    }
+}
+
+impl std::iter::Sum for Bytes {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), |sum, bytes| Self {
+            remote: sum.remote + bytes.remote,
+            internode: sum.internode + bytes.internode,
+            local: sum.local + bytes.local,
+        })
+    }
 }
 
 /// One half of a round.
@@ -40,10 +68,8 @@ pub struct Measured {
 pub struct HalfSample {
     /// Microseconds.
     pub us: f64,
-    /// From rank to rank.
-    pub remote_bytes: u64,
-    /// Of these, from node to node.
-    pub internode_bytes: u64,
+    /// What was moved.
+    pub bytes: Bytes,
 }
 
 /// A round: medians over the samples.
@@ -74,15 +100,12 @@ impl Measured {
             let of_sample = |sample| of_ranks(times, sample).into_iter().fold(0.0, f64::max);
             (0..samples).map(of_sample).collect()
         };
-        let sum = |bytes: fn(&Self) -> [u64; 2]| {
-            all.iter().map(bytes).fold([0; 2], |[a, b], [c, d]| [a + c, b + d])
-        };
         Self {
             dispatch_us: mean(|rank| &rank.dispatch_us),
             combine_us: mean(|rank| &rank.combine_us),
             round_us: slowest(|rank| &rank.round_us),
-            dispatch_bytes: sum(|rank| rank.dispatch_bytes),
-            combine_bytes: sum(|rank| rank.combine_bytes),
+            dispatch_bytes: all.iter().map(|rank| rank.dispatch_bytes).sum(),
+            combine_bytes: all.iter().map(|rank| rank.combine_bytes).sum(),
             useful_rows: all.iter().map(|rank| rank.useful_rows).sum(),
         }
     }
@@ -95,11 +118,7 @@ impl Measured {
             times
         };
         let median = |times: &[f64]| sorted(times).get(times.len() / 2).copied().unwrap_or(0.0);
-        let half = |times: &[f64], [remote_bytes, internode_bytes]: [u64; 2]| HalfSample {
-            us: median(times),
-            remote_bytes,
-            internode_bytes,
-        };
+        let half = |times: &[f64], bytes| HalfSample { us: median(times), bytes };
         let rounds = sorted(&self.round_us);
         let end = |time: Option<&f64>| time.copied().unwrap_or(0.0);
         Round {
@@ -131,8 +150,8 @@ pub fn measure(
     let rounds = agreed_rounds(&*transport, start.elapsed())?;
 
     let mut measured = Measured {
-        dispatch_bytes: [counted.dispatched.remote_bytes, counted.dispatched.internode_bytes],
-        combine_bytes: [counted.combined.remote_bytes, counted.combined.internode_bytes],
+        dispatch_bytes: counted.dispatched.into(),
+        combine_bytes: counted.combined.into(),
         useful_rows: bench.wanted.iter().map(|&ranks| u64::from(ranks)).sum(),
         ..Measured::default()
     };

@@ -10,7 +10,8 @@ pub fn csv(rows: &[Row]) -> String {
     let mut text = String::from(
         "substrate,ep_size,ranks_per_node,all2all,wire,routing,tokens_per_rank,dispatch_us,combine_us,round_us,\
          round_us_min,round_us_max,dispatch_remote_bytes,combine_remote_bytes,dispatch_internode_bytes,\
-         combine_internode_bytes,dispatch_algorithm_gb_s,dispatch_physical_gb_s,combine_algorithm_gb_s,\
+         combine_internode_bytes,dispatch_local_bytes,combine_local_bytes,dispatch_algorithm_gb_s,\
+         dispatch_physical_gb_s,combine_algorithm_gb_s,\
          combine_physical_gb_s,copy_gb_s\n",
     );
     for row in rows {
@@ -19,8 +20,8 @@ pub fn csv(rows: &[Row]) -> String {
         // Writing to a string cannot fail.
         let _ = writeln!(
             text,
-            "{:?},{},{},{},{},{},{},{:.3},{:.3},{:.3},{min:.3},{max:.3},{},{},{},{},{:.3},{:.3},{:.3},{:.3},{:.3}",
-            row.substrate,
+            "{},{},{},{},{},{},{},{:.3},{:.3},{:.3},{min:.3},{max:.3},{},{},{},{},{},{},{:.3},{:.3},{:.3},{:.3},{:.3}",
+            row.substrate.name(),
             row.ep_size,
             row.ranks_per_node,
             row.all2all,
@@ -34,6 +35,8 @@ pub fn csv(rows: &[Row]) -> String {
             combine.remote_bytes,
             dispatch.internode_bytes,
             combine.internode_bytes,
+            dispatch.local_bytes,
+            combine.local_bytes,
             dispatch.algorithm_gb_s,
             dispatch.physical_gb_s,
             combine.algorithm_gb_s,
@@ -55,6 +58,7 @@ pub fn print_all(report: &Report) -> anyhow::Result<()> {
         report.layer.hidden, report.layer.top_k, report.layer.experts, report.cores
     ))?;
     let mut table = table(&[
+        "ranks",
         "EP",
         "all2all",
         "wire",
@@ -71,6 +75,7 @@ pub fn print_all(report: &Report) -> anyhow::Result<()> {
     for row in &report.rows {
         let [min, max] = row.round_us_spread;
         table.add_row([
+            row.substrate.name().to_string(),
             row.ep_size.to_string(),
             row.all2all.to_string(),
             row.wire.clone(),
@@ -88,6 +93,7 @@ pub fn print_all(report: &Report) -> anyhow::Result<()> {
     print(table)?;
     if !report.ratios.is_empty() {
         let mut table = self::table(&[
+            "ranks",
             "EP",
             "wire",
             "routing",
@@ -99,6 +105,7 @@ pub fn print_all(report: &Report) -> anyhow::Result<()> {
         ]);
         for ratio in &report.ratios {
             table.add_row([
+                ratio.substrate.name().to_string(),
                 ratio.ep_size.to_string(),
                 ratio.wire.clone(),
                 ratio.routing.to_string(),
@@ -113,8 +120,9 @@ pub fn print_all(report: &Report) -> anyhow::Result<()> {
     }
     for crowded in &report.crowding {
         print(format_args!(
-            "{} ranks take {:.2} x the time of {} for the same {} tokens: {}, {}, {}",
+            "{} {} take {:.2} x the time of {} for the same {} tokens: {}, {}, {}",
             crowded.ep_size,
+            crowded.substrate.name(),
             crowded.times_the_time,
             crowded.against_ep_size,
             crowded.tokens,
