@@ -80,6 +80,6 @@ pub use traffic::Traffic;
 pub use mpi::{MpiOptions, MpiRank, MpiWorld};
 pub use poison::{POISON, Poisoned};
 #[cfg(target_os = "linux")]
-pub use processes::{NoToken, ProcessOptions, Rendezvous, Token, join_processes};
+pub use processes::{BadVariable, NoToken, ProcessOptions, Rendezvous, Token, join_processes};
 pub use shared::SharedRank;
 pub use threads::{ThreadGroup, ThreadOptions, run_ranks};

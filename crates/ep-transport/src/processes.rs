@@ -33,6 +33,7 @@
 mod memory;
 mod rendezvous;
 mod token;
+mod vars;
 mod watch;
 mod wire;
 
@@ -54,6 +55,7 @@ use memory::Processes;
 pub use rendezvous::Rendezvous;
 use rendezvous::limited;
 pub use token::{NoToken, Token};
+pub use vars::BadVariable;
 use wire::{Answer, Hello, VERSION};
 
 /// Between two attempts to reach a rendezvous that may not have been opened yet.

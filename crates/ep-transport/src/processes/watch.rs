@@ -62,7 +62,7 @@ fn watch(group: &Group, pidfds: &[OwnedFd], stop: &OwnedFd) {
         alive.retain(|(seat, _)| {
             let died = has_died.next() == Some(true);
             if died {
-                tracing::warn!(seat, "the process of a rank has ended");
+                tracing::debug!(seat, "the process of a rank has ended");
                 group.announce(*seat, Absence::Died);
             }
             !died
