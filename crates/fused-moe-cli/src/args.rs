@@ -1,5 +1,7 @@
 //! The command line.
 
+use std::ffi::OsString;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -23,6 +25,13 @@ pub enum Command {
     Demo(DemoArgs),
     /// Say which backends would run a layer, what they cost, and why the others would not.
     Plan(PlanArgs),
+    /// Run a program once per rank, as a group of processes.
+    #[cfg(target_os = "linux")]
+    Launch(LaunchArgs),
+    /// Become the program of a rank.
+    #[cfg(target_os = "linux")]
+    #[command(hide = true)]
+    LaunchRank(LaunchRankArgs),
     /// Print the support table of all backends.
     Matrix(MatrixArgs),
     /// Propose a placement of experts and replicas that balances recorded loads.
@@ -210,13 +219,43 @@ pub struct TuneArgs {
     pub quant: Vec<Quant>,
     /// Threads; all cores if not given.
     #[arg(long)]
-    pub threads: Option<std::num::NonZeroUsize>,
+    pub threads: Option<NonZeroUsize>,
     /// Timed calls per candidate, of which the median counts.
     #[arg(long, default_value_t = 9)]
     pub reps: usize,
     /// File to write, instead of standard output.
     #[arg(long, value_name = "TABLE.toml")]
     pub output: Option<PathBuf>,
+}
+
+/// Arguments of `fmoe launch`.
+#[derive(Clone, Debug, Args)]
+pub struct LaunchArgs {
+    /// Ranks.
+    #[arg(short = 'n', long, value_name = "N")]
+    pub ranks: NonZeroUsize,
+    /// Ranks on one node; all of them if not given.
+    #[arg(long, value_name = "G")]
+    pub gpus_per_node: Option<NonZeroUsize>,
+    /// Seconds that a rank waits for another that does not answer.
+    #[arg(long, value_name = "S", default_value = "30")]
+    pub timeout_s: NonZeroU64,
+    /// Seconds that the other ranks get to end by themselves after one has failed.
+    #[arg(long, value_name = "S", default_value_t = 5)]
+    pub grace_s: u64,
+    /// The program and its arguments.
+    #[arg(last = true, required = true, value_name = "CMD")]
+    pub command: Vec<OsString>,
+}
+
+/// Arguments of `fmoe launch-rank`.
+#[derive(Clone, Debug, Args)]
+pub struct LaunchRankArgs {
+    /// The process that launches; the rank ends with it.
+    pub launcher: u32,
+    /// The program and its arguments.
+    #[arg(last = true, required = true)]
+    pub command: Vec<OsString>,
 }
 
 /// Arguments of `fmoe demo`.
@@ -357,7 +396,7 @@ pub struct BenchExpertsArgs {
     pub ep_size: usize,
     /// Threads; all cores if not given.
     #[arg(long)]
-    pub threads: Option<std::num::NonZeroUsize>,
+    pub threads: Option<NonZeroUsize>,
     /// Timed calls per row, of which the median counts.
     #[arg(long, default_value_t = 9)]
     pub reps: usize,

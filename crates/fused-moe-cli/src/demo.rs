@@ -159,11 +159,9 @@ impl Demo<'_> {
         let weights = layer::load(self.registry, &stored, &replicas, &plan, || ())?;
         let shared =
             layer::load_shared(self.registry, &stored, &replicas.config, plan.experts(), args.quant)?;
-        let loaded =
-            LoadedLayer { stored: &stored, replicas: &replicas, weights: &weights, shared: shared.as_ref() };
-        let done =
-            ep::run(self.registry, &loaded, selection, self.hidden).with_context(|| backend.to_string());
-        let done = done.or_failed()?;
+        let loaded = LoadedLayer { stored: &stored, replicas: &replicas, shared: shared.as_ref() };
+        let done = ep::run(self.registry, (&loaded, &weights), selection, self.hidden);
+        let done = done.with_context(|| backend.to_string()).or_failed()?;
         let subject = Subject { stored: &stored, replicas: &replicas, plan: &plan, quant: args.quant };
         let verdict = verify::verify(&subject, self.hidden, &done).or_failed()?;
         let ms = |time: std::time::Duration| format!("{:.2}", time.as_secs_f64() * 1e3);

@@ -8,14 +8,15 @@ use anyhow::{anyhow, bail};
 use fused_moe::router::{HostRouter, add_gate_bias, gate_logits, shared_expert_gate};
 use fused_moe::transport::{Endpoint, ThreadOptions, Traffic, run_ranks, transport_of};
 use fused_moe::{
-    Call, DType, Error, ErrorKind, ExecCx, FusedMoEKernel, KernelBytes, Logits, Overlap, ProcessGroup, Rank,
-    Registry, Router, Selection, SingleRank, Stage, StageTimes, Stream, TensorView, TensorViewMut, TopK,
-    TopKMut, Workspace,
+    Call, DType, Error, ErrorKind, ExecCx, ExpertWeights, FusedMoEKernel, KernelBytes, Logits, Overlap,
+    ProcessGroup, Rank, Registry, Router, Selection, SingleRank, Stage, StageTimes, Stream, TensorView,
+    TensorViewMut, TopK, TopKMut, Workspace,
 };
 use moe_checkpoint::MoeLayer;
 
 use crate::eplb::Replicas;
 use crate::layer::SharedLayer;
+use crate::part::{Blame, RemoteFailure};
 use crate::tokens::{HiddenStates, LayerOutput};
 
 /// A layer with everything that its ranks need, loaded.
@@ -25,8 +26,6 @@ pub struct LoadedLayer<'l> {
     pub stored: &'l MoeLayer<'l>,
     /// The routed experts and their replicas.
     pub replicas: &'l Replicas,
-    /// Weights of the routed experts, one entry per rank.
-    pub weights: &'l [fused_moe::ExpertWeights],
     /// The shared experts.
     pub shared: Option<&'l SharedLayer>,
 }
@@ -77,7 +76,7 @@ pub struct LayerRun {
 
 /// How long a rank waits for another. Large inputs keep ranks busy for minutes on a small machine; one that dies is
 /// noticed at once, as ranks are threads of this process.
-const TIMEOUT: Duration = Duration::from_secs(3600);
+pub const TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// Tokens of `rank` when `tokens` are spread as evenly as possible.
 pub fn share(tokens: usize, ranks: usize, rank: Rank) -> Range<usize> {
@@ -86,10 +85,11 @@ pub fn share(tokens: usize, ranks: usize, rank: Rank) -> Range<usize> {
     start..start + base + usize::from(rank < extra)
 }
 
-/// Runs `layer` once on `hidden`, over threads of this process.
+/// Runs `layer` once on `hidden`, over threads of this process. `weights` are those of the routed experts, one entry
+/// per rank.
 pub fn run(
     registry: &Registry,
-    layer: &LoadedLayer<'_>,
+    (layer, weights): (&LoadedLayer<'_>, &[ExpertWeights]),
     selection: Selection<'_>,
     hidden: &HiddenStates,
 ) -> anyhow::Result<LayerRun> {
@@ -97,9 +97,24 @@ pub fn run(
     let ranks_per_node = std::num::NonZeroUsize::new(layer.replicas.config.ranks_per_node);
     let options = ThreadOptions { ranks_per_node, timeout: TIMEOUT };
     let parts = run_ranks(ranks, options, |group| {
-        RankRun::new(registry, layer, selection, &group)?.run(&group, hidden)
+        let weights = &weights[group.rank().index()];
+        run_rank(registry, (layer, weights), selection, (&group, hidden))
     })?;
+    whole(parts)
+}
 
+/// Runs this rank's part of `layer`, whose own experts have `weights`.
+pub fn run_rank(
+    registry: &Registry,
+    (layer, weights): (&LoadedLayer<'_>, &ExpertWeights),
+    selection: Selection<'_>,
+    (group, hidden): (&Endpoint, &HiddenStates),
+) -> anyhow::Result<LayerRun> {
+    RankRun::new(registry, layer, selection, group)?.run(group, weights, hidden)
+}
+
+/// The run of which `parts` are those of all ranks, or the failure that explains the others.
+pub fn whole(parts: Vec<anyhow::Result<LayerRun>>) -> anyhow::Result<LayerRun> {
     let mut whole: Option<LayerRun> = None;
     for part in distinct_failure(parts)? {
         match &mut whole {
@@ -122,7 +137,7 @@ fn distinct_failure(parts: Vec<anyhow::Result<LayerRun>>) -> anyhow::Result<Vec<
         }
     }
     // A rank that could not route has left, and is lost to those that could: what it says comes first.
-    let explains = |error: &anyhow::Error| (is_bad_input(error), !is_peer_lost(error), error.chain().count());
+    let explains = |error: &anyhow::Error| (is_bad_input(error), !is_peer_lost(error), depth(error));
     match failures.into_iter().max_by_key(explains) {
         None => Ok(runs),
         Some(error) => Err(error),
@@ -172,7 +187,12 @@ impl<'l> RankRun<'l> {
         Ok(Self { layer, router: HostRouter::new(layer.stored.routing())?, kernel, shared })
     }
 
-    fn run(mut self, group: &Endpoint, hidden: &HiddenStates) -> anyhow::Result<LayerRun> {
+    fn run(
+        mut self,
+        group: &Endpoint,
+        weights: &ExpertWeights,
+        hidden: &HiddenStates,
+    ) -> anyhow::Result<LayerRun> {
         let transport = transport_of(group).ok_or_else(|| anyhow!("the group has no transport"))?;
         let before = transport.traffic();
         let start = Instant::now();
@@ -213,7 +233,6 @@ impl<'l> RankRun<'l> {
             done.map_err(|e| Error::other(Stage::Experts, "shared-experts", e))
         };
         let overlap = Overlap { dispatch: None, combine: Some(&mut shared_experts) };
-        let weights = &layer.weights[rank.index()];
         let out = TensorViewMut::from_slice(&mut routed, DType::F32, &[tokens, width])?;
         match &mut self.kernel {
             FusedMoEKernel::Modular(kernel) => {
@@ -280,11 +299,23 @@ fn run_shared(
     Ok(())
 }
 
-fn is_peer_lost(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<Error>().is_some_and(|e| matches!(e.kind, ErrorKind::PeerLost { .. }))
+/// How many errors `error` consists of, with its causes.
+pub fn depth(error: &anyhow::Error) -> usize {
+    remote(error).map_or_else(|| error.chain().count(), |far| far.depth)
+}
+
+fn remote(error: &anyhow::Error) -> Option<&RemoteFailure> {
+    error.downcast_ref()
+}
+
+/// Whether `error` is about another rank that is lost.
+pub fn is_peer_lost(error: &anyhow::Error) -> bool {
+    remote(error).is_some_and(|far| far.blame == Blame::Lost)
+        || error.downcast_ref::<Error>().is_some_and(|e| matches!(e.kind, ErrorKind::PeerLost { .. }))
 }
 
 /// Whether `error` is about what the caller gave (bad tokens), not about the run.
 pub fn is_bad_input(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<Error>().is_some_and(|e| matches!(e.kind, ErrorKind::BadInput(_)))
+    remote(error).is_some_and(|far| far.blame == Blame::Input)
+        || error.downcast_ref::<Error>().is_some_and(|e| matches!(e.kind, ErrorKind::BadInput(_)))
 }

@@ -10,15 +10,32 @@ pub enum Failure {
     Refused(anyhow::Error),
     /// Something went wrong while it ran, or a check found an error: exit code 1.
     Failed(anyhow::Error),
+    /// One of the above, which another process of the run reports.
+    Elsewhere(u8),
 }
 
 impl Failure {
+    /// The exit code.
+    pub fn code(&self) -> u8 {
+        match self {
+            Failure::Refused(_) => 2,
+            Failure::Failed(_) => 1,
+            Failure::Elsewhere(code) => *code,
+        }
+    }
+
+    /// The reason, if it is to be reported here.
+    pub fn reason(&self) -> Option<&anyhow::Error> {
+        match self {
+            Failure::Refused(error) | Failure::Failed(error) => Some(error),
+            Failure::Elsewhere(_) => None,
+        }
+    }
+
     /// Prints the reason and its causes to stderr, and gives the exit code.
     pub fn report(&self) -> ExitCode {
-        let (error, code) = match self {
-            Failure::Refused(error) => (error, 2),
-            Failure::Failed(error) => (error, 1),
-        };
+        let code = ExitCode::from(self.code());
+        let Some(error) = self.reason() else { return code };
         // Some causes are already part of the text of the error above them.
         let mut text = String::new();
         for cause in error.chain().map(ToString::to_string) {
@@ -29,7 +46,7 @@ impl Failure {
         }
         // Nobody is left to tell if stderr cannot be written; the exit code still counts.
         let _ = writeln!(std::io::stderr(), "fmoe: {text}");
-        ExitCode::from(code)
+        code
     }
 }
 

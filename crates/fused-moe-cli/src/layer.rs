@@ -149,29 +149,34 @@ pub fn load(
     plan: &Plan,
     loaded: impl Fn() + Sync,
 ) -> Result<Vec<ExpertWeights>, Failure> {
+    let ranks = (0..replicas.config.ep_size() as u32).map(Rank);
+    ranks.map(|rank| load_rank(registry, layer, (replicas, plan), rank, &loaded)).collect()
+}
+
+/// Loads and packs the experts of the slots of `rank`, from its own part of the checkpoint alone.
+pub fn load_rank(
+    registry: &Registry,
+    layer: &MoeLayer<'_>,
+    (replicas, plan): (&Replicas, &Plan),
+    rank: Rank,
+    loaded: impl Fn() + Sync,
+) -> Result<ExpertWeights, Failure> {
     let Replicas { table, config } = replicas;
     let provider = registry.experts(plan.experts()).or_refused()?;
-    let ranks: Vec<Rank> = (0..config.ep_size() as u32).map(Rank).collect();
-    ranks
-        .iter()
-        .map(|&rank| {
-            let slots: Vec<_> = config.placement.experts_of(rank).map(|slot| slot.0 as usize).collect();
-            // In parallel, as reading transposes where a family stores the transpose.
-            let stored =
-                slots.par_iter().map(|&slot| layer.expert(table.physical_to_logical()[slot] as usize));
-            let stored: Vec<ExpertTensors<'_>> = stored.collect::<Result<_, _>>().or_refused()?;
-            let experts: Vec<LoadedExpert<'_>> = stored
-                .par_iter()
-                .map(|tensors| {
-                    let expert = LoadedExpert::new(tensors, config.quant);
-                    loaded();
-                    expert
-                })
-                .collect::<anyhow::Result<_>>()
-                .or_refused()?;
-            pack(&**provider, config, rank, &experts)
+    let slots: Vec<_> = config.placement.experts_of(rank).map(|slot| slot.0 as usize).collect();
+    // In parallel, as reading transposes where a family stores the transpose.
+    let stored = slots.par_iter().map(|&slot| layer.expert(table.physical_to_logical()[slot] as usize));
+    let stored: Vec<ExpertTensors<'_>> = stored.collect::<Result<_, _>>().or_refused()?;
+    let experts: Vec<LoadedExpert<'_>> = stored
+        .par_iter()
+        .map(|tensors| {
+            let expert = LoadedExpert::new(tensors, config.quant);
+            loaded();
+            expert
         })
-        .collect()
+        .collect::<anyhow::Result<_>>()
+        .or_refused()?;
+    pack(&**provider, config, rank, &experts)
 }
 
 fn pack(

@@ -17,13 +17,20 @@ mod ep;
 mod eplb;
 mod exit;
 mod launch;
+#[cfg(target_os = "linux")]
+mod launcher;
 mod layer;
 mod matrix;
+mod part;
 mod plan;
+#[cfg(target_os = "linux")]
+mod processes;
 mod projection;
 mod published;
 mod report;
 mod run;
+#[cfg(target_os = "linux")]
+mod spmd;
 mod synthetic;
 mod tokens;
 mod tune;
@@ -38,6 +45,10 @@ fn main() -> ExitCode {
     let done = match &cli.command {
         Command::Run(args) => run::run(args),
         Command::Demo(args) => demo::run(args),
+        #[cfg(target_os = "linux")]
+        Command::Launch(args) => launcher::run(args),
+        #[cfg(target_os = "linux")]
+        Command::LaunchRank(args) => launcher::become_rank(args),
         Command::Plan(args) => plan::run(args),
         Command::Matrix(args) => matrix::run(*args),
         Command::Eplb(args) => eplb::run(args),

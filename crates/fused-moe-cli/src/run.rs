@@ -1,20 +1,27 @@
 //! `fmoe run`: one layer of a checkpoint on hidden states from a file.
 
+use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use anyhow::anyhow;
+use fused_moe::transport::Endpoint;
+use fused_moe::{Plan, Rank, Registry};
 use indicatif::{ProgressBar, ProgressStyle};
-use moe_checkpoint::Checkpoint;
+use moe_checkpoint::{Checkpoint, MoeLayer};
 use serde::Serialize;
 
 use crate::args::{Ranks, RunArgs};
-use crate::ep::{self, LoadedLayer};
+use crate::ep::{self, LayerRun, LoadedLayer};
 use crate::eplb::{BalanceReport, Recorded, Replicas, to_json};
 use crate::exit::{Failure, OrFailure, refused};
-use crate::layer::{self, Choice};
+use crate::layer::{self, Choice, SharedLayer};
+#[cfg(target_os = "linux")]
+use crate::processes::{Group, World};
 use crate::report::{
     BytesReport, PlanReport, RejectedReport, TimesReport, TrafficReport, human_bytes, print, print_json,
 };
+#[cfg(target_os = "linux")]
+use crate::spmd;
 use crate::tokens::{HiddenStates, OutputFile};
 use crate::tune;
 use crate::verify::{self, Subject, Verdict};
@@ -41,8 +48,8 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let registry = layer::tuned_backends(&args.layer, executor);
     let selection = layer::selection(&args.layer);
     layer::check_names(&registry, selection)?;
-    if args.ranks != Ranks::Threads {
-        return refused("--ranks: this version runs ranks as threads only");
+    if args.ranks == Ranks::Mpi {
+        return refused("--ranks mpi: this version runs ranks as threads or processes");
     }
     let file = OutputFile::check(&args.output).or_refused()?;
     let load_file = args.record_load.as_deref().map(OutputFile::check).transpose().or_refused()?;
@@ -59,18 +66,9 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let Choice { plan, survey } = layer::choose(&registry, config, selection)?;
     tracing::info!(all2all = plan.comm(), experts = plan.experts(), wire = %plan.wire(), "plan");
 
-    let bar = progress(config.num_experts() as u64, "loading experts");
-    let weights = layer::load(&registry, &stored, &replicas, &plan, || bar.inc(1))?;
-    let shared = layer::load_shared(&registry, &stored, config, plan.experts(), args.layer.quant)?;
-    bar.finish_and_clear();
-
-    let loaded =
-        LoadedLayer { stored: &stored, replicas: &replicas, weights: &weights, shared: shared.as_ref() };
-    let done = match ep::run(&registry, &loaded, selection, &hidden) {
-        Ok(done) => done,
-        Err(error) if ep::is_bad_input(&error) => return Err(Failure::Refused(error)),
-        Err(error) => return Err(Failure::Failed(error)),
-    };
+    let job =
+        Job { args, registry: &registry, stored: &stored, replicas: &replicas, plan: &plan, hidden: &hidden };
+    let Some(done) = job.run()? else { return Ok(()) };
     let verdict = if args.verify {
         let spinner = progress(0, "computing the oracle");
         let subject = Subject { stored: &stored, replicas: &replicas, plan: &plan, quant: args.layer.quant };
@@ -148,6 +146,96 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         ))),
         _ => Ok(()),
     }
+}
+
+/// A layer that can be run.
+struct Job<'j> {
+    args: &'j RunArgs,
+    registry: &'j Registry,
+    stored: &'j MoeLayer<'j>,
+    replicas: &'j Replicas,
+    plan: &'j Plan,
+    hidden: &'j HiddenStates,
+}
+
+impl Job<'_> {
+    /// Loads the layer and runs it. `None` in a process that is not the one to report.
+    fn run(&self) -> Result<Option<LayerRun>, Failure> {
+        match self.args.ranks {
+            #[cfg(target_os = "linux")]
+            Ranks::Processes => self.over_processes(),
+            Ranks::Threads => self.over_threads().map(Some),
+            other => refused(format!("--ranks {other:?}: this program runs ranks as threads only")),
+        }
+    }
+
+    fn over_threads(&self) -> Result<LayerRun, Failure> {
+        let bar = progress(self.replicas.config.num_experts() as u64, "loading experts");
+        let weights = layer::load(self.registry, self.stored, self.replicas, self.plan, || bar.inc(1))?;
+        let shared = self.shared()?;
+        bar.finish_and_clear();
+        let run = ep::run(
+            self.registry,
+            (&self.loaded(shared.as_ref()), &weights),
+            layer::selection(&self.args.layer),
+            self.hidden,
+        );
+        run.map_err(failure)
+    }
+
+    #[cfg(target_os = "linux")]
+    fn over_processes(&self) -> Result<Option<LayerRun>, Failure> {
+        let config = &self.replicas.config;
+        let world = World::join(Group {
+            world_size: config.ep_size(),
+            ranks_per_node: NonZeroUsize::new(config.ranks_per_node),
+            timeout: ep::TIMEOUT,
+        })?;
+        let done = self.as_rank(&world.endpoint);
+        if !world.reports() {
+            return done.map(|_| None).map_err(|failure| Failure::Elsewhere(failure.code()));
+        }
+        let done = done?;
+        world.end().or_failed()?;
+        Ok(Some(done))
+    }
+
+    /// Loads this rank's share, runs it, and gets the whole.
+    #[cfg(target_os = "linux")]
+    fn as_rank(&self, group: &Endpoint) -> Result<LayerRun, Failure> {
+        let rank = group.transport().rank();
+        let load = || -> Result<_, Failure> {
+            let mine = self.replicas.config.placement.experts_of(rank).count() as u64;
+            let bar = if rank == Rank(0) { progress(mine, "loading experts") } else { ProgressBar::hidden() };
+            let (replicas, plan) = (self.replicas, self.plan);
+            let weights =
+                layer::load_rank(self.registry, self.stored, (replicas, plan), rank, || bar.inc(1))?;
+            let shared = self.shared()?;
+            bar.finish_and_clear();
+            Ok((weights, shared))
+        };
+        let (weights, shared) = spmd::agree(group, load())?;
+        let part = ep::run_rank(
+            self.registry,
+            (&self.loaded(shared.as_ref()), &weights),
+            layer::selection(&self.args.layer),
+            (group, self.hidden),
+        );
+        spmd::collect(group, part).map_err(failure)
+    }
+
+    fn shared(&self) -> Result<Option<SharedLayer>, Failure> {
+        let config = &self.replicas.config;
+        layer::load_shared(self.registry, self.stored, config, self.plan.experts(), self.args.layer.quant)
+    }
+
+    fn loaded<'l>(&'l self, shared: Option<&'l SharedLayer>) -> LoadedLayer<'l> {
+        LoadedLayer { stored: self.stored, replicas: self.replicas, shared }
+    }
+}
+
+fn failure(error: anyhow::Error) -> Failure {
+    if ep::is_bad_input(&error) { Failure::Refused(error) } else { Failure::Failed(error) }
 }
 
 /// A progress bar on stderr; a spinner if `length` is 0. Nothing is drawn where stderr is not a terminal.

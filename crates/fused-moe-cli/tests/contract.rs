@@ -23,7 +23,6 @@ fn run(options: &str) -> Run {
 #[case::bare_mori("--all2all mori", &["mori_high_throughput", "mori_low_latency"])]
 #[case::unknown_experts("--experts triton", &["triton", "aiter"])]
 #[case::unknown_quant("--quant int4", &["int4", "fp8-block"])]
-#[case::processes("--ranks processes", &["--ranks"])]
 #[case::mpi("--ranks mpi", &["--ranks"])]
 #[case::unknown_ranks("--ranks fibers", &["fibers", "threads"])]
 #[case::unknown_sort("--sort-policy 2", &["--sort-policy", "auto", "single", "multi"])]
