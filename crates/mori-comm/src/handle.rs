@@ -294,16 +294,21 @@ impl PrepareAndFinalizeModular for Handle {
         let begun = self.node.begin(round).and_then(|()| self.kernel.begin(self.transport.deadline()));
         begun.map_err(|e| self.broken(e, Stage::QuantizeDispatch))?;
         let activations = Activations::of(input.hidden).scaled(input.input_scale);
+        let mut told = Ok(());
         if fault.is_none()
             && let Err(why) = self.dispatch(activations, sent.routing(), round)
         {
             fault = Some(Fault::BadTensor);
-            self.ledger.explain(why);
+            match why.downcast::<TransportError>() {
+                Ok(error) => told = Err(*error),
+                Err(why) => self.ledger.explain(why),
+            }
         }
         fault = fault.or(self.node.overflow());
-        let ended = self.kernel.end(round, fault.is_some());
-        let announced = ended.and(self.announce(self.buffers.dispatched, round, fault));
-        announced.map_err(|e| self.broken(e, Stage::QuantizeDispatch))?;
+        // Whatever has happened, the others are told.
+        told = told.and(self.kernel.end(round, fault.is_some()));
+        told = self.announce(self.buffers.dispatched, round, fault).and(told);
+        told.map_err(|e| self.broken(e, Stage::QuantizeDispatch))?;
         Ok(sent)
     }
 
