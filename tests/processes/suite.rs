@@ -4,6 +4,7 @@ use std::num::NonZeroUsize;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
+use crate::losses;
 use ep_transport::{
     Deadline, Endpoint, ProcessOptions, Rendezvous, Result, Token, TransportError, join_processes,
 };
@@ -33,16 +34,26 @@ const BACKENDS: [(&str, usize); 5] = [
 /// Runs the tests, or is a rank of one.
 pub fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    if let [first, rest @ ..] = args.as_slice()
-        && first == "rank"
-    {
-        return be_a_rank(rest);
+    match args.split_first() {
+        Some((first, rest)) if first == "rank" => return be_a_rank(rest),
+        Some((first, rest)) if first == "survivor" => return losses::be_a_rank(rest),
+        _ => {}
     }
-    let trials =
+    let suites =
         BACKENDS.map(|(backend, floor)| Trial::test(backend, move || over_processes(backend, floor)));
+    let losses = BACKENDS.into_iter().flat_map(|(backend, _)| {
+        // Over one node; where two take another kernel, over two as well.
+        let nodes = if backend.starts_with("mori") { &[4, 2][..] } else { &[4] };
+        let cases = nodes.iter().flat_map(|&per_node| losses::PHASES.map(|phase| (per_node, phase)));
+        cases.map(move |(per_node, phase)| {
+            let name = format!("{backend}_killed_{phase}_on_nodes_of_{per_node}");
+            Trial::test(name, move || losses::killed(backend, phase, per_node))
+        })
+    });
+    let trials: Vec<_> = suites.into_iter().chain(losses).collect();
     // One after the other: each has more processes than most machines have cores.
     let args = Arguments { test_threads: Some(1), ..Arguments::from_args() };
-    libtest_mimic::run(&args, trials.into()).exit_code()
+    libtest_mimic::run(&args, trials).exit_code()
 }
 
 /// Runs all cases of `backend` on all ranks.
