@@ -284,7 +284,7 @@ pub struct PlanArgs {
     pub layer: LayerArgs,
     /// Price dispatch and combine of every backend on this machine: a file as in crates/moe-cost/machines, or one of the
     /// built-in names (mi300x, mi355x, h100, h200, h200-efa, h800, b200).
-    #[arg(long, value_name = "NAME|FILE", conflicts_with = "ep_size")]
+    #[arg(long, value_name = "NAME|FILE", conflicts_with_all = ["ep_size", "all2all", "experts", "max_tokens"])]
     pub machine: Option<String>,
     /// With --machine: numbers of ranks, as 8..320 (8, 16, 32 and so on, and 320) or 8,16.
     #[arg(long, value_name = "A..B", default_value = "8..64", requires = "machine")]

@@ -91,15 +91,20 @@ pub fn config(layer: &MoeLayer<'_>, args: &LayerArgs, max_tokens: usize) -> Resu
         padding: Default::default(),
         redundant_experts: 0,
         max_received_rows: None,
-        combine_wire: match args.combine_quant {
-            CombineQuant::None => CombineWire::InDtype,
-            CombineQuant::Fp8Block => CombineWire::Fp8Block(Fp8Format::E4M3Fn),
-        },
+        combine_wire: combine_wire(args.combine_quant),
         routing: Some(layer.routing()),
         placement: ExpertPlacement::linear(model.num_experts(), args.ep_size).or_refused()?,
         ranks_per_node,
         device: DeviceKind::Host,
     })
+}
+
+/// What the combine carries for `quant`.
+pub fn combine_wire(quant: CombineQuant) -> CombineWire {
+    match quant {
+        CombineQuant::None => CombineWire::InDtype,
+        CombineQuant::Fp8Block => CombineWire::Fp8Block(Fp8Format::E4M3Fn),
+    }
 }
 
 /// All backends, as the arguments set them.

@@ -16,7 +16,7 @@ mod demo;
 mod ep;
 mod eplb;
 mod exit;
-mod launch;
+mod geometry;
 #[cfg(target_os = "linux")]
 mod launcher;
 mod layer;

@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use crate::args::{Draw, LayerArgs, PlanArgs, Quant};
 use crate::exit::{Failure, OrFailure, refused};
-use crate::launch::{Crossover, Launch, crossover, launches};
+use crate::geometry::{Crossover, Launch, crossover, launches};
 use crate::layer;
 use crate::report::{print, print_json};
 
@@ -30,6 +30,8 @@ struct Report {
     experts: usize,
     groups: Option<[usize; 2]>,
     wire: String,
+    /// Of a backend that can carry it; others are priced in bf16, and have no buffers as this build refuses them.
+    combine_wire: String,
     rows: Vec<Row>,
     fastest: Vec<Fastest>,
     /// By the tuning table of MoRI's kernels.
@@ -96,6 +98,7 @@ pub fn run(args: &PlanArgs, machine: &str) -> Result<(), Failure> {
         experts: shape.num_experts(),
         groups: shape.routing.as_ref().and_then(|r| r.groups).map(|g| [g.n_group, g.topk_group]),
         wire: wire.to_string(),
+        combine_wire: shape.combine_wire.format(shape.in_dtype).to_string(),
         rows: Vec::new(),
         fastest: Vec::new(),
         crossover: crossover(&machine.arch, &shape, &wire),
@@ -128,7 +131,7 @@ fn shape(args: &PlanArgs) -> Result<MoeConfig, Failure> {
             let one_rank = LayerArgs { ep_size: 1, gpus_per_node: None, ..args.layer.clone() };
             layer::config(&stored, &one_rank, 1)?
         }
-        None => deepseek_v3(args.layer.quant)?,
+        None => deepseek_v3(&args.layer)?,
     };
     if let (Draw::Uniform, Some(routing)) = (args.routing, &mut config.routing) {
         routing.groups = None;
@@ -136,7 +139,7 @@ fn shape(args: &PlanArgs) -> Result<MoeConfig, Failure> {
     Ok(config)
 }
 
-fn deepseek_v3(quant: Quant) -> Result<MoeConfig, Failure> {
+fn deepseek_v3(args: &LayerArgs) -> Result<MoeConfig, Failure> {
     let routing = RoutingConfig {
         method: RoutingMethod::DeepSeekV3,
         num_experts: 256,
@@ -153,7 +156,8 @@ fn deepseek_v3(quant: Quant) -> Result<MoeConfig, Failure> {
         top_k: 8,
         max_tokens_per_rank: 1,
         in_dtype: DType::Bf16,
-        quant: layer::scheme(quant, stored),
+        quant: layer::scheme(args.quant, stored),
+        combine_wire: layer::combine_wire(args.combine_quant),
         routing: Some(routing),
         ..MoeConfig::new(ExpertPlacement::linear(256, 1).or_refused()?)
     })
@@ -264,14 +268,15 @@ fn print_tables(report: &Report) -> Result<(), Failure> {
     let groups =
         report.groups.map_or("uniform routing".to_string(), |[all, kept]| format!("{kept} of {all} groups"));
     print(format_args!(
-        "{} ({}), {} GPUs per node; hidden {}, top-{} of {} experts, {groups}; dispatch in {}, combine in bf16",
+        "{} ({}), {} GPUs per node; hidden {}, top-{} of {} experts, {groups}; dispatch in {}, combine in {}",
         report.machine,
         report.arch,
         report.gpus_per_node,
         report.hidden,
         report.top_k,
         report.experts,
-        report.wire
+        report.wire,
+        report.combine_wire
     ))
     .or_failed()?;
     let mut table = comfy_table::Table::new();

@@ -72,6 +72,12 @@ fn a_wider_wire_and_uniform_routing_cost_more() {
         let report = projection(&format!("h200 --ep 8 --tokens 4096 {options}"));
         row(&report, 8, 4096, "mori_high_throughput")["dispatch_us"].as_f64().unwrap()
     };
+    let combine = |options: &str| {
+        let report = projection(&format!("h200 --ep 8 --tokens 4096 {options}"));
+        row(&report, 8, 4096, "mori_high_throughput")["combine_us"].as_f64().unwrap()
+    };
+    let (wide, narrow) = (combine(""), combine("--combine-quant fp8-block"));
+    assert!(wide > 1.7 * narrow && wide < 2.0 * narrow, "{wide}, {narrow}");
     let (fp8, bf16, uniform) = (dispatch(""), dispatch("--quant none"), dispatch("--routing uniform"));
     assert!(bf16 > 1.7 * fp8 && bf16 < 2.0 * fp8, "{fp8}, {bf16}");
     assert!(uniform > 1.35 * fp8 && uniform < 1.46 * fp8, "{fp8}, {uniform}");
@@ -94,6 +100,8 @@ fn a_checkpoint_gives_the_sizes() {
 #[case("--machine mi300x --ep 12", "--gpus-per-node 8 does not divide 12 ranks")]
 #[case("--machine mi300x --tokens 0", "--tokens 0")]
 #[case("--machine mi300x --ep-size 8", "--ep-size")]
+#[case("--machine mi300x --all2all naive", "--all2all")]
+#[case("--machine mi300x --max-tokens 8", "--max-tokens")]
 #[case("--ep 8..16", "--machine")]
 #[case("--published --machine mi300x", "--published")]
 fn what_has_no_price_is_refused(#[case] options: &str, #[case] word: &str) {
