@@ -263,23 +263,23 @@ mod tests {
         assert_eq!((narrow.want[1], narrow.bound[1]), (3.0, 3.0 * U));
     }
 
-    /// Three ranks return 1, 2⁻⁸ and 2⁻⁸: each is a bf16, and what of them is lost depends on where nodes end.
+    /// Three ranks return 1, 2⁻⁹ and 2⁻⁸: each is a bf16, and what of them is lost depends on where nodes end.
     #[test]
     fn sums_of_nodes_are_rounded_where_nodes_end() {
         let sum = |partial_sums| {
             let mut combine = Combine::new(Rounding { partial_sums, ..PLAIN }, 1, 1);
-            for value in [1.0, 2f64.powi(-8), 2f64.powi(-8), 0.0] {
+            for value in [1.0, 2f64.powi(-9), 2f64.powi(-8), 0.0] {
                 let values = vec![Bounded { value, error: 0.0 }];
                 combine.add_rank(&PairOutputs { pairs: vec![(0, 1.0)], values });
             }
             combine.finish()
         };
-        let exact = 1.0 + 2f64.powi(-7);
+        let exact = 1.0 + 3.0 * 2f64.powi(-9);
         let of_nodes = |ranks_per_node| sum(PartialSums::OfNodes { ranks_per_node });
         for (expected, want) in [
             (sum(PartialSums::None), exact),
-            (of_nodes(4), exact),
-            // 1 + 2⁻⁸ is half way between two bf16 and goes to the even one.
+            (of_nodes(4), 1.0 + 2f64.powi(-7)),
+            // The first two are nearest to 1.
             (of_nodes(2), 1.0 + 2f64.powi(-8)),
             (of_nodes(1), exact),
         ] {
