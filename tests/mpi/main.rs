@@ -47,6 +47,14 @@ impl Launcher for OverMpi {
         launcher.as_ref().expect("MPI has not ended").launch(spec, body)
     }
 
+    fn is_judge(&self) -> bool {
+        self.0
+            .read()
+            .expect("no one panics with the lock")
+            .as_ref()
+            .is_some_and(|launcher| launcher.is_judge())
+    }
+
     fn is_one_process(&self) -> bool {
         false
     }

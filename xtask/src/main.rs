@@ -4,6 +4,7 @@ mod check;
 mod fuzz;
 mod matrix;
 mod memory;
+mod mpi_test;
 mod new_backend;
 mod peers;
 mod repo;
@@ -18,6 +19,7 @@ use clap::{Parser, Subcommand};
 
 use crate::fuzz::Fuzz;
 use crate::matrix::MatrixAction;
+use crate::mpi_test::MpiTest;
 use crate::new_backend::{BackendKind, NewBackend};
 use crate::peers::Peers;
 use crate::repo::Repo;
@@ -64,6 +66,16 @@ enum Task {
     Asan,
     /// A few tests of the same crates under valgrind's memcheck. Ends with 2 without valgrind.
     Valgrind,
+    /// The tests that need MPI, under `mpirun`; needs Open MPI, libclang, and with `--two-hosts` root and iproute2. Ends with
+    /// 2 without them.
+    MpiTest {
+        /// Ranks of a job; one job after the other for several.
+        #[arg(short = 'n', long, value_delimiter = ',', default_values_t = [4, 8])]
+        ranks: Vec<usize>,
+        /// Run across two hosts, made of network namespaces, instead of on this one.
+        #[arg(long)]
+        two_hosts: bool,
+    },
     /// Measurements beside other programs, for `benches/record`.
     Bench {
         #[command(subcommand)]
@@ -102,6 +114,7 @@ fn main() -> ExitCode {
         }
         Task::Asan => memory::asan(&repo),
         Task::Valgrind => memory::valgrind(&repo),
+        Task::MpiTest { ranks, two_hosts } => mpi_test::mpi_test(&repo, &MpiTest { ranks, two_hosts }),
         Task::Bench { what: BenchTask::Peers(peers) } => peers::peers(&repo, &peers),
         Task::NewBackend { name, kind, path } => {
             new_backend::new_backend(&repo, &NewBackend { name, kind, path })

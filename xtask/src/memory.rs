@@ -111,21 +111,23 @@ pub fn valgrind(repo: &Repo) -> Result<()> {
         // Fair, because a spinning rank would starve the one that it waits for.
         valgrind.args(["--quiet", "--error-exitcode=99", "--leak-check=no", "--fair-sched=yes"]);
         valgrind.arg(path).args(["--test-threads=1", "--quiet"]).args(*tests);
-        steps.command(package, &mut valgrind)?;
+        steps.command(*package, &mut valgrind)?;
     }
     steps.finish();
     Ok(())
 }
 
-struct Program {
+pub struct Program {
     /// Library name of the package.
-    package: String,
-    name: String,
-    path: PathBuf,
+    pub package: String,
+    /// The integration test, or `lib` for the unit tests.
+    pub name: String,
+    /// The file.
+    pub path: PathBuf,
 }
 
 /// The test programs in the messages of a build.
-fn programs(messages: &str) -> Result<Vec<Program>> {
+pub fn programs(messages: &str) -> Result<Vec<Program>> {
     let mut found = Vec::new();
     for line in messages.lines() {
         let message: Value = serde_json::from_str(line).context("reading cargo's messages")?;

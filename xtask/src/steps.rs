@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 /// Runs steps in order and remembers how long each took.
 pub struct Steps {
     task: &'static str,
-    done: Vec<(&'static str, Duration)>,
+    done: Vec<(String, Duration)>,
 }
 
 impl Steps {
@@ -18,7 +18,7 @@ impl Steps {
     }
 
     /// Runs a program as one step.
-    pub fn command(&mut self, name: &'static str, command: &mut Command) -> Result<()> {
+    pub fn command(&mut self, name: impl Into<String>, command: &mut Command) -> Result<()> {
         self.step(name, || {
             let status = command.status().with_context(|| format!("starting {command:?}"))?;
             ensure!(status.success(), "{command:?} ended with {status}");
@@ -27,12 +27,13 @@ impl Steps {
     }
 
     /// Runs a function as one step.
-    pub fn step(&mut self, name: &'static str, run: impl FnOnce() -> Result<()>) -> Result<()> {
+    pub fn step(&mut self, name: impl Into<String>, run: impl FnOnce() -> Result<()>) -> Result<()> {
+        let name = name.into();
         eprintln!("==> {name}");
         let start = Instant::now();
         let outcome = run();
         let took = start.elapsed();
-        self.done.push((name, took));
+        self.done.push((name.clone(), took));
         outcome.map_err(|error| {
             let (task, seconds) = (self.task, took.as_secs_f64());
             anyhow!("{error:#}\n{task} FAILED in step {name} after {seconds:.1} s")
@@ -42,7 +43,7 @@ impl Steps {
     /// Prints the time of each step, and the sum as the last line.
     pub fn finish(self) {
         for (name, took) in &self.done {
-            eprintln!("{name:>12} {:7.1} s", took.as_secs_f64());
+            eprintln!("{name:>16} {:7.1} s", took.as_secs_f64());
         }
         let total: Duration = self.done.iter().map(|(_, took)| *took).sum();
         eprintln!("{} ok: {} steps in {:.1} s", self.task, self.done.len(), total.as_secs_f64());

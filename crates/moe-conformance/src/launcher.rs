@@ -35,6 +35,11 @@ pub trait Launcher: Send + Sync + std::fmt::Debug {
         body: &(dyn Fn(Endpoint) -> Vec<u8> + Sync),
     ) -> Result<Vec<Vec<u8>>, Outcome>;
 
+    /// Whether this process checks what was gathered. Where every rank gathers the same, one of them is enough.
+    fn is_judge(&self) -> bool {
+        true
+    }
+
     /// Whether all ranks are threads of this process. Cases in which ranks meet outside their group need it.
     fn is_one_process(&self) -> bool;
 }
@@ -117,6 +122,10 @@ where
             true => Ok(parts.into_iter().map(|(_, bytes)| bytes.to_vec()).collect()),
             false => fail(format!("{} ranks answered, {} are in the group", parts.len(), spec.ranks)),
         }
+    }
+
+    fn is_judge(&self) -> bool {
+        self.world.rank().0 == 0
     }
 
     fn is_one_process(&self) -> bool {

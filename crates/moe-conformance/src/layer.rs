@@ -63,6 +63,9 @@ pub(crate) fn check(registry: &Registry, case: &Case, selection: Selection<'_>, 
     let outputs = on_ranks(case, settings, |group| {
         Rank { registry, case, selection, rounds: &rounds, layers: &layers, group: &group }.run(plan)
     })?;
+    if !settings.launcher.is_judge() {
+        return Ok(());
+    }
     for (round, (inputs, weights)) in rounds.iter().zip(&layers).enumerate() {
         let got: Vec<&[f32]> = outputs.iter().map(|rounds| rounds[round].as_slice()).collect();
         let output = if round == IN_BF16 { DType::Bf16 } else { DType::F32 };

@@ -2,6 +2,7 @@
 
 use std::ffi::c_int;
 use std::ptr;
+use std::time::Duration;
 
 use fused_moe_core::Rank;
 use mpi::ffi;
@@ -9,6 +10,11 @@ use mpi::ffi;
 use super::session::{Session, check};
 use super::watchdog::Wait;
 use crate::error::Result;
+
+/// Polls after which a rank that waits for others in a collective naps between them.
+const EAGER_POLLS: u32 = 500;
+
+const NAP: Duration = Duration::from_micros(100);
 
 /// The name of a communicator whose errors are returned.
 #[derive(Clone, Copy, Debug)]
@@ -119,6 +125,7 @@ impl Comm {
             }
             Ok(())
         });
+        let mut polls = 0..EAGER_POLLS;
         loop {
             session.call(wait, || {
                 let mut failed = Ok(());
@@ -135,7 +142,11 @@ impl Comm {
             if wait.deadline.remaining().is_none() {
                 session.fail(Wait { on: Rank(peer as u32), ..wait });
             }
-            std::thread::yield_now();
+            // Groups are set up seldom, by ranks that may come minutes apart and need the cores meanwhile.
+            match polls.next() {
+                Some(_) => std::thread::yield_now(),
+                None => std::thread::sleep(NAP),
+            }
         }
         received[self.rank] = mine.to_vec();
         received

@@ -1,0 +1,116 @@
+//! `mpi-test`: the tests that need MPI, under `mpirun`, on this machine or on two hosts made of network namespaces.
+
+mod hosts;
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+
+use self::hosts::TwoHosts;
+use crate::memory::programs;
+use crate::repo::{Repo, stdout_of};
+use crate::sanitizer::Missing;
+use crate::steps::Steps;
+
+/// What to run.
+pub struct MpiTest {
+    /// Numbers of ranks, one job each.
+    pub ranks: Vec<usize>,
+    /// Across two hosts instead of on this one.
+    pub two_hosts: bool,
+}
+
+/// Jobs that run longer are ended by `mpirun`, in seconds. Far beyond what they take on two cores.
+const JOB_LIMIT: &str = "1200";
+
+/// A job whose rank is lost must end in this time; the ranks' deadline is 0.7 s.
+const LOSS_LIMIT: Duration = Duration::from_secs(30);
+
+/// Cases of the comm suite that pass over all backends in a job of four ranks, on one machine and on two; more ranks
+/// have room for more of them.
+const FLOORS: [&str; 2] = ["354", "280"];
+
+/// UCX is for RDMA networks. Over TCP and shared memory, ob1 is what works everywhere.
+const COMPONENTS: [&str; 9] =
+    ["--mca", "pml", "ob1", "--mca", "osc", "^ucx", "--mca", "btl", "self,tcp,vader"];
+
+/// Builds the test program and runs all of it.
+pub fn mpi_test(repo: &Repo, options: &MpiTest) -> Result<()> {
+    let found = Command::new("mpirun").arg("--version").stdout(Stdio::null()).status();
+    if !found.is_ok_and(|status| status.success()) {
+        return Err(Missing::new(
+            "no mpirun: `apt-get install libopenmpi-dev openmpi-bin libclang-dev` or its like",
+        )
+        .into());
+    }
+    let hosts = options.two_hosts.then(|| TwoHosts::make(repo)).transpose()?;
+    let mut steps = Steps::new("mpi-test");
+    let mut build = repo.cargo();
+    build.args(["test", "--quiet", "--no-run", "--package", "moe-tests", "--features", "mpi"]);
+    steps.command("build tests", build.args(["--test", "mpi"]))?;
+    let built = programs(&stdout_of(build.args(["--message-format", "json"]))?)?;
+    let program = &built.first().context("cargo built no test program")?.path;
+    let job = |ranks: usize| Job { repo, hosts: hosts.as_ref(), program, ranks };
+    for &ranks in &options.ranks {
+        let floor = match ranks {
+            0..4 => "1",
+            _ => FLOORS[usize::from(options.two_hosts)],
+        };
+        for tests in [&["transport"][..], &["bits"], &["conformance", floor]] {
+            let name = format!("{} -np {ranks}", tests[0]);
+            steps.command(name, &mut job(ranks).command(tests))?;
+        }
+    }
+    for how in ["silent", "stopped", "killed"] {
+        steps.step(format!("lose {how}"), || job(2).loses(how))?;
+    }
+    steps.finish();
+    Ok(())
+}
+
+/// One run of the test program.
+struct Job<'a> {
+    repo: &'a Repo,
+    hosts: Option<&'a TwoHosts>,
+    program: &'a Path,
+    ranks: usize,
+}
+
+impl Job<'_> {
+    fn command(&self, tests: &[&str]) -> Command {
+        let mut line: Vec<String> =
+            ["mpirun", "--allow-run-as-root", "--oversubscribe"].map(String::from).into();
+        line.extend(["--timeout", JOB_LIMIT].map(String::from));
+        line.extend(COMPONENTS.map(String::from));
+        line.extend(["-np".to_owned(), self.ranks.to_string()]);
+        line.extend(self.hosts.map(|hosts| hosts.options(self.ranks)).unwrap_or_default());
+        line.push(self.program.display().to_string());
+        line.extend(tests.iter().map(|&test| test.to_owned()));
+        let mut command = match self.hosts {
+            Some(hosts) => hosts.on_first(&line),
+            None => {
+                let mut command = Command::new(&line[0]);
+                command.args(&line[1..]);
+                command
+            }
+        };
+        command.current_dir(self.repo.root());
+        command
+    }
+
+    /// Runs a job that loses a rank: it must be aborted in time, and say who was lost.
+    fn loses(&self, how: &str) -> Result<()> {
+        let start = Instant::now();
+        let Output { status, stdout, stderr } = self.command(&["lose", how]).output()?;
+        let took = start.elapsed();
+        let said = [stdout, stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
+        ensure!(!status.success(), "the job did not notice the loss ({how}):\n{said}");
+        ensure!(took < LOSS_LIMIT, "the job ended only after {took:.1?}:\n{said}");
+        // mpirun sees by itself that a process was killed, and may be faster.
+        let names_it = said.contains("PeerLost: rank 1 ") || how == "killed" && said.contains("signal 9");
+        ensure!(names_it, "the job does not say that rank 1 was lost ({how}):\n{said}");
+        Ok(())
+    }
+}
