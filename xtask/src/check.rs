@@ -33,5 +33,5 @@ pub fn test(repo: &Repo) -> Result<()> {
 /// Building and running are two steps, so that the times say which one is slow.
 fn test_steps(repo: &Repo, steps: &mut Steps) -> Result<()> {
     steps.command("build tests", repo.cargo().args(["test", "--quiet", "--workspace", "--no-run"]))?;
-    steps.command("test", repo.cargo().args(["test", "--workspace"]))
+    steps.command("test", repo.cargo().args(["test", "--workspace", "--no-fail-fast"]))
 }
