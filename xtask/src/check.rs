@@ -1,5 +1,7 @@
 //! `check` and `test`.
 
+use std::process::{Command, Stdio};
+
 use anyhow::Result;
 
 use crate::repo::Repo;
@@ -14,12 +16,26 @@ pub fn check(repo: &Repo) -> Result<()> {
     steps.command("fmt fuzz", repo.cargo().args(["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"]))?;
     let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
     steps.command("clippy", repo.cargo().args(clippy))?;
+    // Its bindings are made from the headers of Open MPI.
+    if has_mpi() {
+        let clippy = ["clippy", "--quiet", "--all-targets", "--features", "mpi"];
+        let packages = ["ep-transport", "moe-tests", "fused-moe-cli"].map(|name| ["--package", name]);
+        let mut command = repo.cargo();
+        command.args(clippy).args(packages.as_flattened()).args(["--", "-D", "warnings"]);
+        steps.command("clippy mpi", &mut command)?;
+    } else {
+        println!("no mpicc: the feature `mpi` is not checked here; `cargo xtask mpi-test` builds it");
+    }
     let doc = ["doc", "--quiet", "--no-deps", "--workspace"];
     steps.command("doc", repo.cargo().args(doc).env("RUSTDOCFLAGS", "-D warnings"))?;
     test_steps(repo, &mut steps)?;
     steps.step("tidy", || tidy::tidy(repo))?;
     steps.finish();
     Ok(())
+}
+
+fn has_mpi() -> bool {
+    Command::new("mpicc").arg("--version").stdout(Stdio::null()).status().is_ok_and(|status| status.success())
 }
 
 /// All tests of the workspace.

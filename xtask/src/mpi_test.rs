@@ -1,6 +1,7 @@
-//! `mpi-test`: the tests that need MPI, under `mpirun`, on this machine or on two hosts made of network namespaces.
+//! `mpi-test`: the tests that need MPI, and `fmoe` as a program of MPI ranks, under `mpirun`, on this machine or on two hosts made of network namespaces.
 
 mod hosts;
+mod program;
 
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -51,8 +52,14 @@ pub fn mpi_test(repo: &Repo, options: &MpiTest) -> Result<()> {
     build.args(["test", "--quiet", "--no-run", "--package", "moe-tests", "--features", "mpi"]);
     steps.command("build tests", build.args(["--test", "mpi"]))?;
     let built = programs(&stdout_of(build.args(["--message-format", "json"]))?)?;
-    let program = &built.first().context("cargo built no test program")?.path;
-    let job = |ranks: usize| Job { repo, hosts: hosts.as_ref(), program, ranks };
+    let tests = &built.first().context("cargo built no test program")?.path;
+    let mut build = repo.cargo();
+    build.args(["build", "--quiet", "--package", "fused-moe-cli", "--features", "mpi", "--bin", "fmoe"]);
+    steps.command("build fmoe", &mut build)?;
+    let built = programs(&stdout_of(build.args(["--message-format", "json"]))?)?;
+    let fmoe = &built.first().context("cargo built no fmoe")?.path;
+    let of = |program, ranks: usize| Job { repo, hosts: hosts.as_ref(), program, ranks };
+    let job = |ranks| of(tests, ranks);
     for &ranks in &options.ranks {
         let floor = match ranks {
             0..4 => "1",
@@ -63,6 +70,15 @@ pub fn mpi_test(repo: &Repo, options: &MpiTest) -> Result<()> {
             steps.command(name, &mut job(ranks).command(tests))?;
         }
     }
+    let (run, few) = (of(fmoe, options.ranks.last().copied().unwrap_or(4)), of(fmoe, 4));
+    steps.step(format!("fmoe run -np {}", run.ranks), || program::writes_the_same(&run))?;
+    steps.step("fmoe run refuses", || program::refuses(&few))?;
+    let bench = ["bench", "comm", "--ranks", "mpi", "--ep-size", "2,4", "--tokens", "1,8", "--reps", "1"];
+    let small = ["--gpus-per-node", "2", "--hidden", "512", "--experts", "32", "--max-gib", "1", "--json"];
+    steps.command(
+        "fmoe bench comm -np 4",
+        few.command(&[&bench[..], &small].concat()).stdout(Stdio::null()),
+    )?;
     for how in ["silent", "stopped", "killed"] {
         steps.step(format!("lose {how}"), || job(2).loses(how))?;
     }

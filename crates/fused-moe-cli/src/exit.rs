@@ -50,6 +50,10 @@ impl Failure {
     }
 }
 
+/// The refusal of `--ranks mpi` by a program that cannot.
+#[cfg(not(feature = "mpi"))]
+pub const WITHOUT_MPI: &str = "--ranks mpi: this program was built without MPI; build it with `--features mpi` (needs Open MPI and libclang)";
+
 /// Sorts an error into one of the two bins.
 pub trait OrFailure<T> {
     /// The caller gave something that cannot be run.

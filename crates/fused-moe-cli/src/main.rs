@@ -21,6 +21,8 @@ mod geometry;
 mod launcher;
 mod layer;
 mod matrix;
+#[cfg(feature = "mpi")]
+mod mpi;
 mod part;
 mod plan;
 #[cfg(target_os = "linux")]
@@ -29,7 +31,6 @@ mod projection;
 mod published;
 mod report;
 mod run;
-#[cfg(target_os = "linux")]
 mod spmd;
 mod synthetic;
 mod tokens;

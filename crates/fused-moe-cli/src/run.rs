@@ -13,14 +13,17 @@ use serde::Serialize;
 use crate::args::{Ranks, RunArgs};
 use crate::ep::{self, LayerRun, LoadedLayer};
 use crate::eplb::{BalanceReport, Recorded, Replicas, to_json};
+#[cfg(not(feature = "mpi"))]
+use crate::exit::WITHOUT_MPI;
 use crate::exit::{Failure, OrFailure, refused};
 use crate::layer::{self, Choice, SharedLayer};
+#[cfg(feature = "mpi")]
+use crate::mpi::Job;
 #[cfg(target_os = "linux")]
 use crate::processes::{Group, World};
 use crate::report::{
     BytesReport, PlanReport, RejectedReport, TimesReport, TrafficReport, human_bytes, print, print_json,
 };
-#[cfg(target_os = "linux")]
 use crate::spmd;
 use crate::tokens::{HiddenStates, OutputFile};
 use crate::tune;
@@ -44,31 +47,43 @@ struct Report {
 
 /// Runs the command.
 pub fn run(args: &RunArgs) -> Result<(), Failure> {
-    let executor = args.tuning.as_deref().map(tune::executor).transpose().or_refused()?;
+    if args.ranks == Ranks::Mpi { run_as_mpi_rank(args) } else { run_with(args, None) }
+}
+
+#[cfg(feature = "mpi")]
+fn run_as_mpi_rank(args: &RunArgs) -> Result<(), Failure> {
+    let job = Job::join(ep::TIMEOUT)?;
+    let ranks_per_node = args.layer.gpus_per_node.unwrap_or(args.layer.ep_size);
+    let group = job.everyone(args.layer.ep_size, ranks_per_node);
+    job.told_once(group.and_then(|group| run_with(args, Some(&group)))).map(drop)
+}
+
+#[cfg(not(feature = "mpi"))]
+fn run_as_mpi_rank(_: &RunArgs) -> Result<(), Failure> {
+    refused(WITHOUT_MPI)
+}
+
+/// Runs the command in this process: as a rank of `job`, or as the one that has or starts the ranks.
+fn run_with(args: &RunArgs, job: Option<&Endpoint>) -> Result<(), Failure> {
+    let executor = args.tuning.as_deref().map(tune::executor).transpose().or_refused();
+    let executor = agreed(job, executor)?;
     let registry = layer::tuned_backends(&args.layer, executor);
-    let selection = layer::selection(&args.layer);
-    layer::check_names(&registry, selection)?;
-    if args.ranks == Ranks::Mpi {
-        return refused("--ranks mpi: this version runs ranks as threads or processes");
-    }
-    let file = OutputFile::check(&args.output).or_refused()?;
-    let load_file = args.record_load.as_deref().map(OutputFile::check).transpose().or_refused()?;
-    if load_file.as_ref().is_some_and(|load| load.is(&file)) {
-        return refused("--record-load and --output are the same file");
-    }
-    let checkpoint = Checkpoint::open(&args.checkpoint).or_refused()?;
-    let stored = layer::open(&checkpoint, args.layer.layer)?;
-    let hidden = HiddenStates::read(&args.input, stored.model().hidden).or_refused()?;
-    let max_tokens = hidden.tokens.div_ceil(args.layer.ep_size.max(1));
-    let config = layer::config(&stored, &args.layer, max_tokens)?;
-    let replicas = Replicas::new(args.placement.as_deref(), stored.index(), config)?;
-    let config = &replicas.config;
-    let Choice { plan, survey } = layer::choose(&registry, config, selection)?;
+    let checkpoint = agreed(job, Checkpoint::open(&args.checkpoint).or_refused())?;
+    let reports = job.is_none_or(|group| group.transport().rank() == Rank(0));
+    let Prepared { files, stored, hidden, replicas, choice } =
+        agreed(job, Prepared::new(args, &registry, &checkpoint, reports))?;
+    let (config, Choice { plan, survey }) = (&replicas.config, choice);
     tracing::info!(all2all = plan.comm(), experts = plan.experts(), wire = %plan.wire(), "plan");
 
-    let job =
-        Job { args, registry: &registry, stored: &stored, replicas: &replicas, plan: &plan, hidden: &hidden };
-    let Some(done) = job.run()? else { return Ok(()) };
+    let layer = Layer {
+        args,
+        registry: &registry,
+        stored: &stored,
+        replicas: &replicas,
+        plan: &plan,
+        hidden: &hidden,
+    };
+    let (Some(done), Some(files)) = (layer.run(job)?, files) else { return Ok(()) };
     let verdict = if args.verify {
         let spinner = progress(0, "computing the oracle");
         let subject = Subject { stored: &stored, replicas: &replicas, plan: &plan, quant: args.layer.quant };
@@ -80,8 +95,8 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     };
     let passes = verdict.is_none_or(|v| v.passes);
     let recorded = Recorded::new(&replicas, stored.index(), &done.slots).or_failed()?;
-    let staged = passes.then(|| file.stage(&done.output)).transpose().or_failed()?;
-    let staged_load = load_file.as_ref().filter(|_| passes);
+    let staged = passes.then(|| files.output.stage(&done.output)).transpose().or_failed()?;
+    let staged_load = files.load.as_ref().filter(|_| passes);
     let staged_load = staged_load.map(|file| file.stage_bytes(&to_json(&recorded.file)?));
     let staged_load = staged_load.transpose().or_failed()?;
     let report = Report {
@@ -148,8 +163,63 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     }
 }
 
+/// The files to write.
+struct Files {
+    output: OutputFile,
+    load: Option<OutputFile>,
+}
+
+impl Files {
+    fn check(args: &RunArgs) -> Result<Self, Failure> {
+        let output = OutputFile::check(&args.output).or_refused()?;
+        let load = args.record_load.as_deref().map(OutputFile::check).transpose().or_refused()?;
+        if load.as_ref().is_some_and(|load| load.is(&output)) {
+            return refused("--record-load and --output are the same file");
+        }
+        Ok(Self { output, load })
+    }
+}
+
+/// What the arguments ask for, checked before anything is loaded.
+struct Prepared<'c> {
+    /// Of the rank that reports.
+    files: Option<Files>,
+    stored: MoeLayer<'c>,
+    hidden: HiddenStates,
+    replicas: Replicas,
+    choice: Choice,
+}
+
+impl<'c> Prepared<'c> {
+    fn new(
+        args: &RunArgs,
+        registry: &Registry,
+        checkpoint: &'c Checkpoint,
+        reports: bool,
+    ) -> Result<Self, Failure> {
+        let selection = layer::selection(&args.layer);
+        layer::check_names(registry, selection)?;
+        let files = reports.then(|| Files::check(args)).transpose()?;
+        let stored = layer::open(checkpoint, args.layer.layer)?;
+        let hidden = HiddenStates::read(&args.input, stored.model().hidden).or_refused()?;
+        let max_tokens = hidden.tokens.div_ceil(args.layer.ep_size.max(1));
+        let config = layer::config(&stored, &args.layer, max_tokens)?;
+        let replicas = Replicas::new(args.placement.as_deref(), stored.index(), config)?;
+        let choice = layer::choose(registry, &replicas.config, selection)?;
+        Ok(Self { files, stored, hidden, replicas, choice })
+    }
+}
+
+/// What all ranks of `job` agree on; without a job, what there is.
+fn agreed<T>(job: Option<&Endpoint>, mine: Result<T, Failure>) -> Result<T, Failure> {
+    match job {
+        Some(group) => spmd::agree(group, mine),
+        None => mine,
+    }
+}
+
 /// A layer that can be run.
-struct Job<'j> {
+struct Layer<'j> {
     args: &'j RunArgs,
     registry: &'j Registry,
     stored: &'j MoeLayer<'j>,
@@ -158,14 +228,18 @@ struct Job<'j> {
     hidden: &'j HiddenStates,
 }
 
-impl Job<'_> {
+impl Layer<'_> {
     /// Loads the layer and runs it. `None` in a process that is not the one to report.
-    fn run(&self) -> Result<Option<LayerRun>, Failure> {
-        match self.args.ranks {
+    fn run(&self, job: Option<&Endpoint>) -> Result<Option<LayerRun>, Failure> {
+        match (job, self.args.ranks) {
+            (Some(group), _) => {
+                let done = self.as_rank(group)?;
+                Ok((group.transport().rank() == Rank(0)).then_some(done))
+            }
             #[cfg(target_os = "linux")]
-            Ranks::Processes => self.over_processes(),
-            Ranks::Threads => self.over_threads().map(Some),
-            other => refused(format!("--ranks {other:?}: this program runs ranks as threads only")),
+            (None, Ranks::Processes) => self.over_processes(),
+            (None, Ranks::Threads) => self.over_threads().map(Some),
+            (None, other) => refused(format!("--ranks {other:?}: this program runs ranks as threads only")),
         }
     }
 
@@ -201,7 +275,6 @@ impl Job<'_> {
     }
 
     /// Loads this rank's share, runs it, and gets the whole.
-    #[cfg(target_os = "linux")]
     fn as_rank(&self, group: &Endpoint) -> Result<LayerRun, Failure> {
         let rank = group.transport().rank();
         let load = || -> Result<_, Failure> {

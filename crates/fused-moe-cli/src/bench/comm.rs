@@ -16,7 +16,11 @@ use fused_moe::{ErrorKind, ProcessGroup, Registry};
 use serde::Serialize;
 
 use crate::args::{BenchCommArgs, Draw, Ranks};
+#[cfg(not(feature = "mpi"))]
+use crate::exit::WITHOUT_MPI;
 use crate::exit::{Failure, OrFailure, refused};
+#[cfg(feature = "mpi")]
+use crate::mpi::Job;
 use crate::report::print_json;
 use cells::{Cell, Cells, Group, Layer, Refused};
 use rounds::{HalfSample, Measured};
@@ -30,6 +34,8 @@ const TIMEOUT: Duration = Duration::from_secs(600);
 enum Substrate {
     Threads,
     Processes,
+    #[cfg(feature = "mpi")]
+    Mpi,
 }
 
 impl Substrate {
@@ -37,6 +43,8 @@ impl Substrate {
         match self {
             Substrate::Threads => "threads",
             Substrate::Processes => "processes",
+            #[cfg(feature = "mpi")]
+            Substrate::Mpi => "mpi",
         }
     }
 }
@@ -146,58 +154,118 @@ struct Crowding {
 
 /// Runs the command.
 pub fn run(args: &BenchCommArgs) -> Result<(), Failure> {
-    if args.ranks.contains(&Ranks::Mpi) {
-        return refused("--ranks mpi: this version measures threads and processes");
+    match args.ranks[..] {
+        [Ranks::Mpi] => run_as_mpi_rank(args),
+        // An MPI rank that waits keeps a core busy, and would be measured with the others.
+        ref ranks if ranks.contains(&Ranks::Mpi) => {
+            refused("--ranks mpi goes alone: every rank is one of mpirun's")
+        }
+        _ => run_here(args),
     }
-    if args.reps == 0 {
-        return refused("--reps 0: at least one sample is needed");
-    }
-    let layer = Layer::new(args).or_refused()?;
+}
+
+fn run_here(args: &BenchCommArgs) -> Result<(), Failure> {
     let registry = fused_moe::default_backends();
-    for name in &args.all2all {
-        registry.comm(name).or_refused()?;
-    }
-    let mut groups = Vec::new();
-    for &ranks in &args.ep_size {
-        let group = Group::new(args, ranks).or_refused()?;
-        groups.push(cells::all(args, &layer, &registry, group).or_refused()?);
-    }
+    let bench = Bench::new(args, &registry)?;
     #[cfg(target_os = "linux")]
     if let Ok(seat) = std::env::var(processes::SEAT) {
-        return other_rank(&seat, &registry, &groups, args.reps).or_failed();
+        return other_rank(&seat, &registry, &bench.groups, args.reps).or_failed();
+    }
+    bench.report(args, |Cells { group, measured: cells, .. }| {
+        let mut rows = Vec::new();
+        for &substrate in &args.ranks {
+            rows.extend(measure_group(substrate, *group, |endpoint| {
+                measure_all(cells, &registry, &endpoint, args.reps)
+            })?);
+        }
+        Ok(rows)
+    })
+}
+
+#[cfg(feature = "mpi")]
+fn run_as_mpi_rank(args: &BenchCommArgs) -> Result<(), Failure> {
+    let job = Job::join(TIMEOUT)?;
+    let registry = fused_moe::default_backends();
+    // Ranks beyond those of a group have nothing to do in it.
+    let measure = |Cells { group, measured: cells, .. }: &Cells| -> anyhow::Result<Vec<Row>> {
+        let Some(endpoint) = job.group(group.ranks, group.ranks_per_node)? else { return Ok(Vec::new()) };
+        let rows = measure_all(cells, &registry, &endpoint, args.reps)?;
+        Ok(rows.into_iter().map(|row| Row { substrate: Substrate::Mpi, ..row }).collect())
+    };
+    let Some(bench) = job.told_once(Bench::new(args, &registry))? else { return Ok(()) };
+    if job.reports() {
+        return bench.report(args, measure);
+    }
+    bench.measured().try_for_each(|cells| measure(cells).map(drop)).or_failed()
+}
+
+#[cfg(not(feature = "mpi"))]
+fn run_as_mpi_rank(_: &BenchCommArgs) -> Result<(), Failure> {
+    refused(WITHOUT_MPI)
+}
+
+/// What is to be measured.
+struct Bench {
+    layer: Layer,
+    groups: Vec<Cells>,
+}
+
+impl Bench {
+    fn new(args: &BenchCommArgs, registry: &Registry) -> Result<Self, Failure> {
+        if args.reps == 0 {
+            return refused("--reps 0: at least one sample is needed");
+        }
+        let layer = Layer::new(args).or_refused()?;
+        for name in &args.all2all {
+            registry.comm(name).or_refused()?;
+        }
+        let mut groups = Vec::new();
+        for &ranks in &args.ep_size {
+            let group = Group::new(args, ranks).or_refused()?;
+            groups.push(cells::all(args, &layer, registry, group).or_refused()?);
+        }
+        Ok(Self { layer, groups })
     }
 
-    let before = copy_rates(&layer);
-    let (mut rows, mut refusals) = (Vec::new(), Vec::new());
-    for Cells { group, measured: cells, refused } in groups {
-        refusals.extend(refused);
-        for &substrate in args.ranks.iter().filter(|_| !cells.is_empty()) {
-            let measured = measure_group(substrate, group, |endpoint| {
-                measure_all(&cells, &registry, &endpoint, args.reps)
-            });
-            rows.extend(measured.or_failed()?);
+    /// The groups for which there is something to measure.
+    fn measured(&self) -> impl Iterator<Item = &Cells> {
+        self.groups.iter().filter(|cells| !cells.measured.is_empty())
+    }
+
+    /// Measures all groups between two looks at what the machine can copy, and reports.
+    fn report(
+        self,
+        args: &BenchCommArgs,
+        measure: impl Fn(&Cells) -> anyhow::Result<Vec<Row>>,
+    ) -> Result<(), Failure> {
+        let before = copy_rates(&self.layer);
+        let mut rows = Vec::new();
+        for cells in self.measured() {
+            rows.extend(measure(cells).or_failed()?);
         }
+        let after = copy_rates(&self.layer);
+        let pair = |rate: fn(&[f64; 3]) -> f64| [rate(&before), rate(&after)];
+        let report = Report {
+            cores: cores().get(),
+            copy: CopyRates {
+                hot_gb_s: pair(|rates| rates[0]),
+                beyond_caches_gb_s: pair(|rates| rates[1]),
+                beyond_caches_streamed_gb_s: pair(|rates| rates[2]),
+            },
+            ratios: ratios(&rows),
+            crowding: crowding(&rows),
+            layer: self.layer,
+            rows,
+            refused: self.groups.into_iter().flat_map(|cells| cells.refused).collect(),
+        };
+        if let Some(file) = &args.csv {
+            let text = tables::csv(&report.rows);
+            std::fs::write(file, text)
+                .with_context(|| format!("cannot write {}", file.display()))
+                .or_failed()?;
+        }
+        if args.json { print_json(&report).or_failed() } else { tables::print_all(&report).or_failed() }
     }
-    let after = copy_rates(&layer);
-    let pair = |rate: fn(&[f64; 3]) -> f64| [rate(&before), rate(&after)];
-    let report = Report {
-        cores: cores().get(),
-        copy: CopyRates {
-            hot_gb_s: pair(|rates| rates[0]),
-            beyond_caches_gb_s: pair(|rates| rates[1]),
-            beyond_caches_streamed_gb_s: pair(|rates| rates[2]),
-        },
-        ratios: ratios(&rows),
-        crowding: crowding(&rows),
-        layer,
-        rows,
-        refused: refusals,
-    };
-    if let Some(file) = &args.csv {
-        let text = tables::csv(&report.rows);
-        std::fs::write(file, text).with_context(|| format!("cannot write {}", file.display())).or_failed()?;
-    }
-    if args.json { print_json(&report).or_failed() } else { tables::print_all(&report).or_failed() }
 }
 
 /// The rows of one group on one substrate.
