@@ -2,6 +2,7 @@
 
 mod check;
 mod fuzz;
+mod kernels;
 mod matrix;
 mod memory;
 mod mpi_test;
@@ -11,6 +12,7 @@ mod repo;
 mod sanitizer;
 mod steps;
 mod tidy;
+mod toolchain;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -18,11 +20,13 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::fuzz::Fuzz;
+use crate::kernels::Arch;
 use crate::matrix::MatrixAction;
 use crate::mpi_test::MpiTest;
 use crate::new_backend::{BackendKind, NewBackend};
 use crate::peers::Peers;
 use crate::repo::Repo;
+use crate::toolchain::Toolchain;
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", about = "Checks and chores of this repository")]
@@ -76,6 +80,14 @@ enum Task {
         #[arg(long)]
         two_hosts: bool,
     },
+    /// Installs the compilers of devices, pinned: Debian's clang, and in target/toolchain nvcc and zig from PyPI. Needs
+    /// python3, and the rights of root where clang is missing.
+    Toolchain,
+    /// Device kernels.
+    Kernels {
+        #[command(subcommand)]
+        what: KernelsTask,
+    },
     /// Measurements beside other programs, for `benches/record`.
     Bench {
         #[command(subcommand)]
@@ -92,6 +104,19 @@ enum Task {
         #[arg(long)]
         path: Option<PathBuf>,
     },
+}
+
+#[derive(Subcommand)]
+enum KernelsTask {
+    /// Compiles `kernels/`, prints what each kernel uses, and puts the objects where `moe-kernels` embeds them. Ends with 2
+    /// without `cargo xtask toolchain`.
+    Build {
+        /// Devices; all of them unless given.
+        #[arg(long, value_enum, value_delimiter = ',', default_values = ["sm_90a", "gfx942", "gfx950"])]
+        arch: Vec<Arch>,
+    },
+    /// The kernels as host SIMT against the host crates, and the metadata of the objects of all devices.
+    Test,
 }
 
 #[derive(Subcommand)]
@@ -115,6 +140,9 @@ fn main() -> ExitCode {
         Task::Asan => memory::asan(&repo),
         Task::Valgrind => memory::valgrind(&repo),
         Task::MpiTest { ranks, two_hosts } => mpi_test::mpi_test(&repo, &MpiTest { ranks, two_hosts }),
+        Task::Toolchain => Toolchain::install(&repo).map(drop),
+        Task::Kernels { what: KernelsTask::Build { arch } } => kernels::build(&repo, &arch),
+        Task::Kernels { what: KernelsTask::Test } => kernels::test(&repo),
         Task::Bench { what: BenchTask::Peers(peers) } => peers::peers(&repo, &peers),
         Task::NewBackend { name, kind, path } => {
             new_backend::new_backend(&repo, &NewBackend { name, kind, path })

@@ -1,0 +1,40 @@
+// What a kernel may use, the same on every target. One of these headers says how:
+//
+//   platform_cuda.h   sm_90a, by nvcc
+//   platform_amd.h    gfx942 and gfx950, by clang, freestanding
+//   platform_host.h   threads of a block as fibers of one CPU thread, by any C++17 compiler
+//
+// A kernel is written as
+//
+//   MOE_KERNEL(name, NameParams, 256) { … p.rows … }
+//
+// It takes one plain struct `p` by value, so that AMD's kernarg segment, CUDA's parameter block and the host's argument are
+// the same bytes, and blocks have one dimension. Addresses in the struct are u64; `ptr<T>(p.x)` makes them pointers.
+//
+//   WARP                        lanes that shuffle with each other: 32 or 64
+//   thread_index() block_index() lane()
+//   sync_block()                barrier of the block; orders shared and global memory within it
+//   shuffle_xor(v, mask)        v of lane `lane() ^ mask`; all lanes of the warp take part
+//   shuffle(v, from)            v of lane `from`
+//   MOE_SHARED(T, name, count)  an array in shared memory; nothing is in it at first
+//   to_fp8x4(a, b, c, d)        codes of four numbers, lowest byte first; see numbers.h for which
+//   load_once(p) store_once(p, v)   memory that is touched once and should not stay in the caches
+//
+// FP8 is FNUZ on gfx942 and OCP elsewhere: `FP8_FNUZ`. Nothing here includes a header of a toolkit.
+#pragma once
+
+#include "types.h"
+
+#if defined(MOE_HOST_SIMT)
+#include "platform_host.h"
+#elif defined(__HIP__)
+#include "platform_amd.h"
+#else
+#include "platform_cuda.h"
+#endif
+
+namespace moe {
+template <class T> MOE_DEVICE T *ptr(u64 address) {
+    return reinterpret_cast<T *>(address);
+}
+} // namespace moe

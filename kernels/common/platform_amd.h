@@ -1,0 +1,47 @@
+// gfx942 and gfx950 by clang's HIP, without the headers of ROCm.
+#pragma once
+
+#define MOE_DEVICE __attribute__((device)) inline __attribute__((always_inline))
+#define MOE_KERNEL(name, Params, threads)                                                                              \
+    extern "C" __attribute__((global, amdgpu_flat_work_group_size(threads, threads))) void name(const Params p)
+#define MOE_SHARED(T, name, count) __attribute__((shared)) T name[count]
+#define MOE_UNROLL _Pragma("unroll")
+
+namespace moe {
+constexpr u32 WARP = 64;
+#if defined(__gfx942__)
+constexpr bool FP8_FNUZ = true;
+#else
+constexpr bool FP8_FNUZ = false;
+#endif
+
+MOE_DEVICE u32 thread_index() { return __builtin_amdgcn_workitem_id_x(); }
+MOE_DEVICE u32 block_index() { return __builtin_amdgcn_workgroup_id_x(); }
+MOE_DEVICE u32 lane() { return __builtin_amdgcn_mbcnt_hi(~0u, __builtin_amdgcn_mbcnt_lo(~0u, 0)); }
+MOE_DEVICE void sync_block() {
+    __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
+    __builtin_amdgcn_s_barrier();
+    __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
+}
+
+MOE_DEVICE float from_bits(u32 bits) { return __builtin_bit_cast(float, bits); }
+MOE_DEVICE u32 to_bits(float x) { return __builtin_bit_cast(u32, x); }
+
+MOE_DEVICE u32 shuffle(u32 v, u32 from) { return __builtin_amdgcn_ds_bpermute(from * 4, v); }
+MOE_DEVICE i32 shuffle(i32 v, u32 from) { return __builtin_amdgcn_ds_bpermute(from * 4, v); }
+MOE_DEVICE float shuffle(float v, u32 from) { return from_bits(shuffle(to_bits(v), from)); }
+template <class T> MOE_DEVICE T shuffle_xor(T v, u32 mask) { return shuffle(v, lane() ^ mask); }
+
+// The instruction is FNUZ on gfx942 and OCP on gfx950; what does not fit is clamped before.
+MOE_DEVICE u32 to_fp8x4(float a, float b, float c, float d) {
+    i32 codes = __builtin_amdgcn_cvt_pk_fp8_f32(a, b, 0, false);
+    return __builtin_amdgcn_cvt_pk_fp8_f32(c, d, codes, true);
+}
+
+MOE_DEVICE u32x4 load_once(const u32x4 *p) {
+    typedef u32 vector __attribute__((ext_vector_type(4)));
+    vector v = __builtin_nontemporal_load(reinterpret_cast<const vector *>(p));
+    return {{v.x, v.y, v.z, v.w}};
+}
+MOE_DEVICE void store_once(u64 *p, u64 v) { __builtin_nontemporal_store(v, p); }
+} // namespace moe

@@ -1,0 +1,41 @@
+// sm_90a by nvcc.
+#pragma once
+
+#define MOE_DEVICE __device__ __forceinline__
+#define MOE_KERNEL(name, Params, threads)                                                                              \
+    extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Params p)
+#define MOE_SHARED(T, name, count) __shared__ T name[count]
+#define MOE_UNROLL _Pragma("unroll")
+
+namespace moe {
+constexpr u32 WARP = 32;
+constexpr bool FP8_FNUZ = false;
+
+MOE_DEVICE u32 thread_index() { return threadIdx.x; }
+MOE_DEVICE u32 block_index() { return blockIdx.x; }
+MOE_DEVICE u32 lane() { return threadIdx.x % WARP; }
+MOE_DEVICE void sync_block() { __syncthreads(); }
+
+template <class T> MOE_DEVICE T shuffle_xor(T v, u32 mask) { return __shfl_xor_sync(~0u, v, mask); }
+template <class T> MOE_DEVICE T shuffle(T v, u32 from) { return __shfl_sync(~0u, v, from); }
+
+MOE_DEVICE float from_bits(u32 bits) { return __uint_as_float(bits); }
+MOE_DEVICE u32 to_bits(float x) { return __float_as_uint(x); }
+
+// Saturates, and codes NaN as 0x7f.
+MOE_DEVICE u32 to_fp8x4(float a, float b, float c, float d) {
+    u16 low, high;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
+    return u32(high) << 16 | low;
+}
+
+MOE_DEVICE u32x4 load_once(const u32x4 *p) {
+    u32x4 r;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r.v[0]), "=r"(r.v[1]), "=r"(r.v[2]), "=r"(r.v[3])
+                 : "l"(p));
+    return r;
+}
+MOE_DEVICE void store_once(u64 *p, u64 v) { asm volatile("st.global.cs.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory"); }
+} // namespace moe

@@ -1,0 +1,92 @@
+// Host SIMT: the threads of a block are fibers of one CPU thread. MOE_AS_SM90A, MOE_AS_GFX942 or MOE_AS_GFX950 says which device
+// is played: its lanes and its FP8. Symbols are named after it, so that one program can hold all three.
+#pragma once
+
+#include "host_simt.h"
+
+#if defined(MOE_AS_SM90A)
+#define MOE_SYMBOL(name) moe_sm_90a_##name
+#elif defined(MOE_AS_GFX942)
+#define MOE_SYMBOL(name) moe_gfx942_##name
+#elif defined(MOE_AS_GFX950)
+#define MOE_SYMBOL(name) moe_gfx950_##name
+#else
+#error "host SIMT plays a device: define MOE_AS_SM90A, MOE_AS_GFX942 or MOE_AS_GFX950"
+#endif
+
+#define MOE_DEVICE inline
+// A kernel, and the function by which Rust launches it; 0 is success, see simt::Outcome.
+#define MOE_KERNEL(name, Params, threads)                                                                              \
+    static void name(const Params &p);                                                                                 \
+    extern "C" int MOE_SYMBOL(name)(const void *params, const moe::simt::Launch *launch) {                             \
+        return moe::simt::run(                                                                                         \
+            *launch, moe::WARP, threads, [](const void *p) { name(*static_cast<const Params *>(p)); }, params);        \
+    }                                                                                                                  \
+    static void name(const Params &p)
+#define MOE_SHARED(T, name, count)                                                                                     \
+    static const char name##_key = 0;                                                                                  \
+    T *const name = static_cast<T *>(moe::simt::shared(&name##_key, sizeof(T) * (count)))
+#define MOE_UNROLL
+
+namespace moe {
+// Not shared between the devices that are played, so that each has its own of every inline function below.
+inline namespace MOE_SYMBOL(device) {
+#if defined(MOE_AS_SM90A)
+constexpr u32 WARP = 32;
+#else
+constexpr u32 WARP = 64;
+#endif
+#if defined(MOE_AS_GFX942)
+constexpr bool FP8_FNUZ = true;
+#else
+constexpr bool FP8_FNUZ = false;
+#endif
+
+inline u32 thread_index() { return simt::thread_index(); }
+inline u32 block_index() { return simt::block_index(); }
+inline u32 lane() { return thread_index() % WARP; }
+inline void sync_block() { simt::sync_block(); }
+
+inline float from_bits(u32 bits) {
+    float x;
+    __builtin_memcpy(&x, &bits, 4);
+    return x;
+}
+inline u32 to_bits(float x) {
+    u32 bits;
+    __builtin_memcpy(&bits, &x, 4);
+    return bits;
+}
+
+template <class T> T shuffle(T v, u32 from) {
+    static_assert(sizeof(T) == 4, "lanes exchange 32 bits");
+    u32 bits;
+    __builtin_memcpy(&bits, &v, 4);
+    bits = simt::exchange(bits, from % WARP);
+    __builtin_memcpy(&v, &bits, 4);
+    return v;
+}
+template <class T> T shuffle_xor(T v, u32 mask) { return shuffle(v, lane() ^ mask); }
+
+// The code nearest to x, ties to even, of magnitudes up to the largest code; NaN has one code. As the instructions of
+// the devices: below 2·2^e, the f32 |x| + 2^(e+20) has a unit in the last place of one step between codes.
+inline u32 to_fp8(float x) {
+    const u32 bias = FP8_FNUZ ? 8 : 7, min_normal = (127 - bias + 1) << 23;
+    const float largest = FP8_FNUZ ? 240.0f : 448.0f;
+    if (x != x) return FP8_FNUZ ? 0x80 : 0x7f;
+    float magnitude = __builtin_fabsf(x);
+    if (magnitude > largest) magnitude = largest;
+    u32 exponent = to_bits(magnitude) & 0x7f800000;
+    if (exponent < min_normal) exponent = min_normal;
+    const u32 magic = exponent + (20u << 23);
+    const u32 code = to_bits(magnitude + from_bits(magic)) - magic + ((exponent - min_normal) >> 20);
+    return FP8_FNUZ && code == 0 ? 0 : code | (to_bits(x) >> 24 & 0x80);
+}
+inline u32 to_fp8x4(float a, float b, float c, float d) {
+    return to_fp8(a) | to_fp8(b) << 8 | to_fp8(c) << 16 | to_fp8(d) << 24;
+}
+
+inline u32x4 load_once(const u32x4 *p) { return *p; }
+inline void store_once(u64 *p, u64 v) { *p = v; }
+} // namespace MOE_SYMBOL(device)
+} // namespace moe

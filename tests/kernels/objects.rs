@@ -1,0 +1,63 @@
+//! The objects that were built: every kernel is in them for every device, and takes an argument of the size that Rust gives.
+
+use moe_kernels::quantize::Quantize1x128Params;
+use moe_kernels::{Arch, object};
+use object::{Object, ObjectSection};
+use rmpv::Value;
+use rstest::rstest;
+
+/// Object, kernel, and bytes of its argument.
+const KERNELS: [(&str, &str, usize); 1] =
+    [("quantize_1x128", "quantize_1x128", size_of::<Quantize1x128Params>())];
+
+/// The attribute of `.nv.info.<kernel>` with where the argument is and its size, and how its value is stored.
+const PARAM_CBANK: [u8; 2] = [0x04, 0x0a];
+
+#[rstest]
+fn kernels_take_what_rust_gives(#[values(Arch::Sm90a, Arch::Gfx942, Arch::Gfx950)] arch: Arch) {
+    for (name, kernel, bytes) in KERNELS {
+        let image = object(arch, name).unwrap();
+        let found = match arch {
+            Arch::Sm90a => nvidia_argument(image, kernel),
+            Arch::Gfx942 | Arch::Gfx950 => amd_argument(image, kernel),
+        };
+        assert_eq!(found, bytes, "{kernel} for {arch}");
+    }
+}
+
+/// Attributes are `format, attribute, u16`, and where the format is 4, as many bytes more as the last says.
+fn nvidia_argument(image: &[u8], kernel: &str) -> usize {
+    let file = object::File::parse(image).unwrap();
+    let section = file.section_by_name(&format!(".nv.info.{kernel}")).expect("the kernel has attributes");
+    let mut rest = section.data().unwrap();
+    while let [format, attribute, low, high, tail @ ..] = rest {
+        let len = if *format == 4 { usize::from(u16::from_le_bytes([*low, *high])) } else { 0 };
+        if [*format, *attribute] == PARAM_CBANK {
+            return usize::from(u16::from_le_bytes([tail[6], tail[7]]));
+        }
+        rest = &tail[len..];
+    }
+    panic!("{kernel} has no attribute with the size of its argument");
+}
+
+/// A note of AMD holds a MessagePack map with a list of kernels.
+fn amd_argument(image: &[u8], kernel: &str) -> usize {
+    let file = object::File::parse(image).unwrap();
+    let notes = file.section_by_name(".note").expect("an object of AMD has notes").data().unwrap().to_vec();
+    // Sizes of name and value, type, then the name "AMDGPU\0" padded to 8 bytes.
+    let size = u32::from_le_bytes(notes[4..8].try_into().unwrap()) as usize;
+    assert_eq!(&notes[12..18], b"AMDGPU");
+    let metadata = rmpv::decode::read_value(&mut &notes[20..20 + size]).unwrap();
+    let kernels = field(&metadata, "amdhsa.kernels").as_array().unwrap();
+    let entry = kernels.iter().find(|entry| field(entry, ".name").as_str() == Some(kernel));
+    let entry = entry.unwrap_or_else(|| panic!("no kernel {kernel}"));
+    for spills in [".sgpr_spill_count", ".vgpr_spill_count", ".private_segment_fixed_size"] {
+        assert_eq!(field(entry, spills).as_u64(), Some(0), "{spills} of {kernel}");
+    }
+    field(entry, ".kernarg_segment_size").as_u64().unwrap() as usize
+}
+
+fn field<'v>(map: &'v Value, name: &str) -> &'v Value {
+    let entries = map.as_map().expect("a map");
+    &entries.iter().find(|(key, _)| key.as_str() == Some(name)).unwrap_or_else(|| panic!("no {name}")).1
+}
