@@ -8,19 +8,19 @@ namespace moe {
 MOE_DEVICE float low_bf16(u32 word) { return from_bits(word << 16); }
 MOE_DEVICE float high_bf16(u32 word) { return from_bits(word & 0xffff0000); }
 
-// Magnitude, 0 for NaN and infinity.
-MOE_DEVICE float finite_magnitude(float x) {
-    const float magnitude = from_bits(to_bits(x) & 0x7fffffff);
-    return magnitude < from_bits(0x7f800000) ? magnitude : 0.0f;
+// Magnitudes of the two bf16 of a word, as bits that compare as the numbers do.
+MOE_DEVICE u32 magnitudes(u32 word) { return word & 0x7fff7fff; }
+
+// The same with 0 for NaN and infinity.
+MOE_DEVICE u32 finite_magnitudes(u32 word) {
+    constexpr u32 INFINITY_BITS = 0x7f80;
+    u32 low = word & 0x7fff, high = word >> 16 & 0x7fff;
+    low = low < INFINITY_BITS ? low : 0;
+    high = high < INFINITY_BITS ? high : 0;
+    return high << 16 | low;
 }
 
 MOE_DEVICE float larger(float a, float b) { return a > b ? a : b; }
-
-// Clamped to ±limit; NaN stays NaN.
-MOE_DEVICE float clamped(float x, float limit) {
-    x = x > limit ? limit : x;
-    return x < -limit ? -limit : x;
-}
 
 // The scale of a group whose largest finite magnitude is `amax`, for codes up to 1 / inverse_max.
 MOE_DEVICE float scale_for_amax(float amax, float inverse_max) { return larger(amax, 1e-10f) * inverse_max; }

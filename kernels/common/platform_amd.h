@@ -31,11 +31,23 @@ MOE_DEVICE u32 shuffle(u32 v, u32 from) { return __builtin_amdgcn_ds_bpermute(fr
 MOE_DEVICE i32 shuffle(i32 v, u32 from) { return __builtin_amdgcn_ds_bpermute(from * 4, v); }
 MOE_DEVICE float shuffle(float v, u32 from) { return from_bits(shuffle(to_bits(v), from)); }
 template <class T> MOE_DEVICE T shuffle_xor(T v, u32 mask) { return shuffle(v, lane() ^ mask); }
+MOE_DEVICE bool any_lane(bool holds) { return __builtin_amdgcn_ballot_w64(holds) != 0; }
 
-// The instruction is FNUZ on gfx942 and OCP on gfx950; what does not fit is clamped before.
-MOE_DEVICE u32 to_fp8x4(float a, float b, float c, float d) {
-    i32 codes = __builtin_amdgcn_cvt_pk_fp8_f32(a, b, 0, false);
-    return __builtin_amdgcn_cvt_pk_fp8_f32(c, d, codes, true);
+MOE_DEVICE u32 max_u16x2(u32 a, u32 b) {
+    typedef u16 pair __attribute__((ext_vector_type(2)));
+    return __builtin_bit_cast(u32, __builtin_elementwise_max(__builtin_bit_cast(pair, a), __builtin_bit_cast(pair, b)));
+}
+
+// Written so that NaN stays NaN.
+MOE_DEVICE float clamped(float x, float max) {
+    x = x > max ? max : x;
+    return x < -max ? -max : x;
+}
+
+// The instruction is FNUZ on gfx942 and OCP on gfx950.
+MOE_DEVICE u32 to_fp8x4(float a, float b, float c, float d, float max) {
+    i32 codes = __builtin_amdgcn_cvt_pk_fp8_f32(clamped(a, max), clamped(b, max), 0, false);
+    return __builtin_amdgcn_cvt_pk_fp8_f32(clamped(c, max), clamped(d, max), codes, true);
 }
 
 MOE_DEVICE u32x4 load_once(const u32x4 *p) {

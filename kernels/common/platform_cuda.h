@@ -18,12 +18,19 @@ MOE_DEVICE void sync_block() { __syncthreads(); }
 
 template <class T> MOE_DEVICE T shuffle_xor(T v, u32 mask) { return __shfl_xor_sync(~0u, v, mask); }
 template <class T> MOE_DEVICE T shuffle(T v, u32 from) { return __shfl_sync(~0u, v, from); }
+MOE_DEVICE bool any_lane(bool holds) { return __any_sync(~0u, holds); }
 
 MOE_DEVICE float from_bits(u32 bits) { return __uint_as_float(bits); }
 MOE_DEVICE u32 to_bits(float x) { return __float_as_uint(x); }
 
-// Saturates, and codes NaN as 0x7f.
-MOE_DEVICE u32 to_fp8x4(float a, float b, float c, float d) {
+MOE_DEVICE u32 max_u16x2(u32 a, u32 b) {
+    u32 r;
+    asm("max.u16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+
+// The instruction saturates at 448, the only maximum of its format, and codes NaN as 0x7f.
+MOE_DEVICE u32 to_fp8x4(float a, float b, float c, float d, float) {
     u16 low, high;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));

@@ -67,23 +67,32 @@ template <class T> T shuffle(T v, u32 from) {
     return v;
 }
 template <class T> T shuffle_xor(T v, u32 mask) { return shuffle(v, lane() ^ mask); }
+inline bool any_lane(bool holds) {
+    u32 any = holds;
+    for (u32 mask = WARP / 2; mask > 0; mask /= 2) any |= shuffle_xor(any, mask);
+    return any != 0;
+}
 
-// The code nearest to x, ties to even, of magnitudes up to the largest code; NaN has one code. As the instructions of
-// the devices: below 2·2^e, the f32 |x| + 2^(e+20) has a unit in the last place of one step between codes.
-inline u32 to_fp8(float x) {
+inline u32 max_u16x2(u32 a, u32 b) {
+    const u32 low = (a & 0xffff) > (b & 0xffff) ? a & 0xffff : b & 0xffff;
+    return low | ((a >> 16) > (b >> 16) ? a & 0xffff0000 : b & 0xffff0000);
+}
+
+// As the instructions of the devices: below 2·2^e, the f32 |x| + 2^(e+20) has a unit in the last place of one step between
+// codes.
+inline u32 to_fp8(float x, float max) {
     const u32 bias = FP8_FNUZ ? 8 : 7, min_normal = (127 - bias + 1) << 23;
-    const float largest = FP8_FNUZ ? 240.0f : 448.0f;
     if (x != x) return FP8_FNUZ ? 0x80 : 0x7f;
     float magnitude = __builtin_fabsf(x);
-    if (magnitude > largest) magnitude = largest;
+    if (magnitude > max) magnitude = max;
     u32 exponent = to_bits(magnitude) & 0x7f800000;
     if (exponent < min_normal) exponent = min_normal;
     const u32 magic = exponent + (20u << 23);
     const u32 code = to_bits(magnitude + from_bits(magic)) - magic + ((exponent - min_normal) >> 20);
     return FP8_FNUZ && code == 0 ? 0 : code | (to_bits(x) >> 24 & 0x80);
 }
-inline u32 to_fp8x4(float a, float b, float c, float d) {
-    return to_fp8(a) | to_fp8(b) << 8 | to_fp8(c) << 16 | to_fp8(d) << 24;
+inline u32 to_fp8x4(float a, float b, float c, float d, float max) {
+    return to_fp8(a, max) | to_fp8(b, max) << 8 | to_fp8(c, max) << 16 | to_fp8(d, max) << 24;
 }
 
 inline u32x4 load_once(const u32x4 *p) { return *p; }

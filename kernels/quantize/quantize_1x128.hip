@@ -1,39 +1,56 @@
 // Stage 2: bf16 activations to FP8 with one scale per 128 columns of a row.
 //
 // Sixteen lanes have a group, eight elements each: one load of 16 bytes, four shuffles for the largest magnitude, one
-// store of 8 bytes. Nothing is read twice and shared memory is not used, so the kernel runs at the rate of a copy.
+// store of 8 bytes. Nothing is read twice and shared memory is not used. What limits it is the number of instructions, so
+// magnitudes are compared two at a time as integers, and whether they are finite is asked once per group.
 
 #include "../common/numbers.h"
 #include "quantize.h"
 
 using namespace moe;
 
+namespace {
+constexpr u32 LANES = 16;
+constexpr u32 ELEMENTS = 8;
+
+// The larger half of `pairs` over the lanes of the group.
+MOE_DEVICE u32 group_max(u32 pairs) {
+    MOE_UNROLL for (u32 mask = LANES / 2; mask > 0; mask /= 2) pairs = max_u16x2(pairs, shuffle_xor(pairs, mask));
+    return max_u16x2(pairs, pairs >> 16) & 0xffff;
+}
+} // namespace
+
 MOE_KERNEL(quantize_1x128, Quantize1x128Params, QUANTIZE_1X128_THREADS) {
-    constexpr u32 LANES = 16, ELEMENTS = 8;
-    const u64 group = (u64(block_index()) * QUANTIZE_1X128_THREADS + thread_index()) / LANES;
+    const u32 group = block_index() * (QUANTIZE_1X128_THREADS / LANES) + thread_index() / LANES;
     const u32 part = thread_index() % LANES;
-    const u32 row = u32(group / p.groups), column_group = u32(group % p.groups);
+    const u32 row = group / p.groups, column_group = group - row * p.groups;
     const u32 column = column_group * (LANES * ELEMENTS) + part * ELEMENTS;
     // Lanes beyond the end take part in the shuffles: all lanes of a warp have to.
     const bool inside = row < p.rows && column < p.hidden;
 
     u32x4 words = {{0, 0, 0, 0}};
     if (inside) words = load_once(ptr<const u32x4>(p.input + 2 * (u64(row) * p.input_stride + column)));
-    float x[ELEMENTS];
-    float amax = 0.0f;
-    MOE_UNROLL for (u32 i = 0; i < ELEMENTS / 2; i++) {
-        x[2 * i] = low_bf16(words.v[i]);
-        x[2 * i + 1] = high_bf16(words.v[i]);
-        amax = larger(amax, larger(finite_magnitude(x[2 * i]), finite_magnitude(x[2 * i + 1])));
+    u32 largest = 0;
+    MOE_UNROLL for (u32 i = 0; i < 4; i++) largest = max_u16x2(largest, magnitudes(words.v[i]));
+    u32 amax = group_max(largest);
+    if (any_lane(amax >= 0x7f80)) {
+        // Some group of the warp has numbers that are none, which do not count.
+        largest = 0;
+        MOE_UNROLL for (u32 i = 0; i < 4; i++) largest = max_u16x2(largest, finite_magnitudes(words.v[i]));
+        amax = group_max(largest);
     }
-    MOE_UNROLL for (u32 mask = LANES / 2; mask > 0; mask /= 2) amax = larger(amax, shuffle_xor(amax, mask));
 
-    const float scale = scale_for_amax(amax, p.inverse_max);
+    const float scale = scale_for_amax(low_bf16(amax), p.inverse_max);
     const float inverse_scale = 1.0f / scale;
-    MOE_UNROLL for (u32 i = 0; i < ELEMENTS; i++) x[i] = clamped(x[i] * inverse_scale, p.max);
-    const u64 codes = u64(to_fp8x4(x[4], x[5], x[6], x[7])) << 32 | to_fp8x4(x[0], x[1], x[2], x[3]);
-    if (inside) store_once(ptr<u64>(p.codes + u64(row) * p.hidden + column), codes);
-    if (inside && part == 0) {
+    u32 codes[2];
+    MOE_UNROLL for (u32 i = 0; i < 2; i++) {
+        const u32 first = words.v[2 * i], second = words.v[2 * i + 1];
+        codes[i] = to_fp8x4(low_bf16(first) * inverse_scale, high_bf16(first) * inverse_scale,
+                            low_bf16(second) * inverse_scale, high_bf16(second) * inverse_scale, p.max);
+    }
+    if (!inside) return;
+    store_once(ptr<u64>(p.codes + u64(row) * p.hidden + column), u64(codes[1]) << 32 | codes[0]);
+    if (part == 0) {
         ptr<float>(p.scales)[u64(row) * p.scale_row_stride + u64(column_group) * p.scale_group_stride] = scale;
     }
 }

@@ -98,8 +98,8 @@ fn refuses_what_a_lane_cannot_read() {
     let rows = Quantize1x128 { hidden: 128, rows: 1 << 40, ..job };
     let wanted = BadLaunch::TooLarge {
         kernel: "quantize_1x128",
-        what: "blocks",
-        size: 1 << 36,
+        what: "groups of all rows",
+        size: 1 << 40,
         limit: u32::MAX as usize,
     };
     assert_eq!(refused(rows), wanted.to_string());

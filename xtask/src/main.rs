@@ -2,6 +2,7 @@
 
 mod check;
 mod fuzz;
+mod gpu_pack;
 mod kernels;
 mod matrix;
 mod memory;
@@ -88,6 +89,8 @@ enum Task {
         #[command(subcommand)]
         what: KernelsTask,
     },
+    /// Stripped programs with the code objects in target/gpu-pack, for a machine with a GPU and only a driver.
+    GpuPack,
     /// Measurements beside other programs, for `benches/record`.
     Bench {
         #[command(subcommand)]
@@ -143,6 +146,7 @@ fn main() -> ExitCode {
         Task::Toolchain => Toolchain::install(&repo).map(drop),
         Task::Kernels { what: KernelsTask::Build { arch } } => kernels::build(&repo, &arch),
         Task::Kernels { what: KernelsTask::Test } => kernels::test(&repo),
+        Task::GpuPack => gpu_pack::gpu_pack(&repo),
         Task::Bench { what: BenchTask::Peers(peers) } => peers::peers(&repo, &peers),
         Task::NewBackend { name, kind, path } => {
             new_backend::new_backend(&repo, &NewBackend { name, kind, path })

@@ -32,6 +32,8 @@ pub enum Command {
     #[cfg(target_os = "linux")]
     #[command(hide = true)]
     LaunchRank(LaunchRankArgs),
+    /// Say which devices this machine has, and which backends can use them and why not.
+    Doctor(DoctorArgs),
     /// Print the support table of all backends.
     Matrix(MatrixArgs),
     /// Propose a placement of experts and replicas that balances recorded loads.
@@ -327,6 +329,47 @@ pub enum BenchCommand {
     Comm(BenchCommArgs),
     /// The experts of one rank, beside a peak and a bandwidth probe in the same process.
     Experts(BenchExpertsArgs),
+    /// Activations to FP8 with one scale per 128 columns, beside a copy on the same device.
+    Quant(BenchQuantArgs),
+}
+
+/// Where something runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnDevice {
+    /// The CPU.
+    Host,
+    /// The first NVIDIA GPU.
+    Cuda,
+    /// The first AMD GPU.
+    Hip,
+}
+
+/// Arguments of `fmoe bench quant`.
+#[derive(Clone, Debug, Args)]
+pub struct BenchQuantArgs {
+    /// Where.
+    #[arg(long, value_enum, default_value_t = OnDevice::Host)]
+    pub device: OnDevice,
+    /// Elements of a token.
+    #[arg(long, default_value_t = 7168)]
+    pub hidden: usize,
+    /// Tokens of a call.
+    #[arg(long, value_name = "T", value_delimiter = ',', default_values_t = [128, 1024, 4096, 32768])]
+    pub tokens: Vec<usize>,
+    /// Timed samples per row, of which the median counts.
+    #[arg(long, default_value_t = 21)]
+    pub reps: usize,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `fmoe doctor`.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct DoctorArgs {
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Arguments of `fmoe bench comm`.

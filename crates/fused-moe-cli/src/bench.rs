@@ -4,3 +4,4 @@ pub mod calls;
 mod clock;
 pub mod comm;
 pub mod experts;
+pub mod quant;

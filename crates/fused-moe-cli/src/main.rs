@@ -1,6 +1,6 @@
 //! `fmoe`: run, plan, verify and measure expert-parallel MoE layers.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 use std::process::ExitCode;
 
@@ -13,6 +13,7 @@ mod bench;
 #[cfg(target_os = "linux")]
 mod chaos;
 mod demo;
+mod doctor;
 mod ep;
 mod eplb;
 mod exit;
@@ -51,6 +52,7 @@ fn main() -> ExitCode {
         #[cfg(target_os = "linux")]
         Command::LaunchRank(args) => launcher::become_rank(args),
         Command::Plan(args) => plan::run(args),
+        Command::Doctor(args) => doctor::run(*args),
         Command::Matrix(args) => matrix::run(*args),
         Command::Eplb(args) => eplb::run(args),
         Command::Tune(args) => tune::run(args),
@@ -60,6 +62,7 @@ fn main() -> ExitCode {
         Command::ChaosRank(args) => chaos::rank::run(args),
         Command::Bench(BenchCommand::Comm(args)) => bench::comm::run(args),
         Command::Bench(BenchCommand::Experts(args)) => bench::experts::run(args),
+        Command::Bench(BenchCommand::Quant(args)) => bench::quant::run(args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

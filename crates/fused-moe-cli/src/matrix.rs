@@ -78,7 +78,7 @@ impl Surveys {
 }
 
 /// A layer of the size of DeepSeek-V3, routed by softmax.
-fn config(ranks: usize) -> Result<MoeConfig, Failure> {
+pub fn config(ranks: usize) -> Result<MoeConfig, Failure> {
     Ok(MoeConfig {
         hidden: 7168,
         intermediate: 2048,

@@ -74,7 +74,9 @@ pub use quant;
 pub use grouped_gemm;
 
 /// Ranks and how they reach each other.
+pub use device_runtime as device;
 pub use ep_transport as transport;
+pub use moe_kernels as kernels;
 
 #[cfg(feature = "aiter")]
 pub use aiter_experts;

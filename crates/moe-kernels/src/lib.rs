@@ -1,8 +1,7 @@
 //! Device code objects built from `kernels/`, and how they are launched.
 //!
 //! A kernel takes one plain struct, a [`KernelParams`], whose bytes are the same for HIP, CUDA and host SIMT. A [`Launch`] names
-//! the kernel and says on how many blocks and threads it runs; a device runtime turns both into a call on a stream. Nothing
-//! here talks to a device or allocates.
+//! the kernel and says on how many blocks and threads it runs; [`Kernels`] puts it on a stream of a device.
 //!
 //! Objects are embedded if `cargo xtask kernels build` has made them before this crate is built; otherwise [`object`]
 //! says how to. With feature `host-simt` the same sources run on the CPU ([`host_simt`]), slowly, as the tests want it.
@@ -11,6 +10,7 @@ mod arch;
 #[cfg(feature = "host-simt")]
 pub mod host_simt;
 mod launch;
+mod loaded;
 pub mod quantize;
 mod registry;
 #[cfg(feature = "host-simt")]
@@ -18,4 +18,5 @@ pub mod selftest;
 
 pub use arch::Arch;
 pub use launch::{BadLaunch, KernelParams, Launch};
+pub use loaded::{Kernels, LoadError};
 pub use registry::{NoObject, object, objects};

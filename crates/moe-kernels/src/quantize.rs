@@ -10,7 +10,7 @@ const GROUP: usize = 128;
 /// Columns of a lane: 16 bytes of bf16.
 const LANE: usize = 8;
 const THREADS: u32 = 256;
-const GROUPS_PER_BLOCK: usize = THREADS as usize / (GROUP / LANE);
+const GROUPS_PER_BLOCK: u32 = THREADS / (GROUP / LANE) as u32;
 
 /// In which order scales lie, as f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,6 +98,8 @@ impl Quantize1x128 {
         BadLaunch::multiple(NAME, "hidden", self.hidden, LANE)?;
         BadLaunch::multiple(NAME, "input stride", self.input_stride, LANE)?;
         let groups = self.hidden.div_ceil(GROUP);
+        // The kernel counts them in 32 bits, up to the end of the last block.
+        let all_groups = self.rows.saturating_mul(groups).next_multiple_of(GROUPS_PER_BLOCK as usize);
         let (scale_row_stride, scale_group_stride) = match self.scales {
             ScaleOrder::RowMajor => (groups, 1),
             ScaleOrder::Transposed { stride } => (1, stride),
@@ -106,7 +108,7 @@ impl Quantize1x128 {
         Ok(Launch {
             object: NAME,
             kernel: NAME,
-            grid: narrow("blocks", self.rows.saturating_mul(groups).div_ceil(GROUPS_PER_BLOCK))?,
+            grid: narrow("groups of all rows", all_groups)?.div_ceil(GROUPS_PER_BLOCK),
             block: THREADS,
             shared_bytes: 0,
             params: Quantize1x128Params {

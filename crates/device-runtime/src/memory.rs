@@ -1,0 +1,88 @@
+//! Memory of a device.
+
+use std::sync::Arc;
+
+use crate::driver::Driver;
+use crate::error::DeviceResult;
+use crate::stream::Stream;
+
+/// Bytes of a device's memory, freed with the value.
+#[derive(Debug)]
+pub struct DeviceBuffer {
+    driver: Arc<dyn Driver>,
+    address: u64,
+    bytes: usize,
+}
+
+impl DeviceBuffer {
+    pub(crate) fn new(driver: &Arc<dyn Driver>, bytes: usize) -> DeviceResult<Self> {
+        // Drivers refuse to allocate nothing, and an address is wanted all the same.
+        let address = driver.alloc(bytes.max(1))?;
+        Ok(Self { driver: Arc::clone(driver), address, bytes })
+    }
+
+    /// Where it is.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Its size.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Copies `from` to its start, and waits until that is done.
+    ///
+    /// # Errors
+    /// Of the driver.
+    ///
+    /// # Panics
+    /// If `from` is longer than the buffer.
+    pub fn write(&mut self, from: &[u8]) -> DeviceResult<()> {
+        assert!(from.len() <= self.bytes, "{} bytes into a buffer of {}", from.len(), self.bytes);
+        // SAFETY: the buffer is alive and at least as long as `from`.
+        unsafe { self.driver.copy_in(self.address, from) }
+    }
+
+    /// Copies its start to `to`, and waits until that is done. Work on streams that do not wait for the default stream has to
+    /// be waited for before.
+    ///
+    /// # Errors
+    /// Of the driver; failures of kernels that ran before come up here, too.
+    ///
+    /// # Panics
+    /// If `to` is longer than the buffer.
+    pub fn read(&self, to: &mut [u8]) -> DeviceResult<()> {
+        assert!(to.len() <= self.bytes, "{} bytes from a buffer of {}", to.len(), self.bytes);
+        // SAFETY: the buffer is alive and at least as long as `to`.
+        unsafe { self.driver.copy_out(to, self.address) }
+    }
+
+    /// Sets all bytes, in the order of `stream`.
+    ///
+    /// # Errors
+    /// Of the driver.
+    pub fn fill(&mut self, byte: u8, stream: &Stream) -> DeviceResult<()> {
+        // SAFETY: the buffer and the stream are alive; a buffer is freed only after what uses it.
+        unsafe { self.driver.fill(self.address, byte, self.bytes, stream.handle()) }
+    }
+
+    /// Copies as many bytes as both have from `from`, in the order of `stream`.
+    ///
+    /// # Errors
+    /// Of the driver.
+    pub fn copy_from(&mut self, from: &DeviceBuffer, stream: &Stream) -> DeviceResult<()> {
+        let bytes = self.bytes.min(from.bytes);
+        // SAFETY: both buffers and the stream are alive, and both are that long.
+        unsafe { self.driver.copy(self.address, from.address, bytes, stream.handle()) }
+    }
+}
+
+impl Drop for DeviceBuffer {
+    fn drop(&mut self) {
+        // SAFETY: nobody has the address but for work on streams, for which a driver's free waits.
+        if let Err(error) = unsafe { self.driver.free(self.address) } {
+            tracing::warn!(%error, "memory of a device is lost");
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! Devices and how they are found.
+
+use std::sync::Arc;
+
+use fused_moe_core::{Device, DeviceKind};
+
+use crate::cuda;
+use crate::driver::Driver;
+use crate::error::{DeviceResult, Unavailable};
+use crate::kernel::Module;
+use crate::memory::DeviceBuffer;
+use crate::stream::{Event, Stream};
+
+/// What a device is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// As the vendor calls it.
+    pub name: String,
+    /// What code objects have to be for: `sm_90`, `gfx942`.
+    pub arch: String,
+    /// Version of the driver, as the vendor numbers them.
+    pub driver_version: String,
+    /// Multiprocessors, or compute units.
+    pub compute_units: u32,
+    /// Bytes of memory.
+    pub memory_bytes: u64,
+    /// Bytes of it that are free.
+    pub free_bytes: u64,
+}
+
+/// One device. Clones are the same device.
+#[derive(Clone, Debug)]
+pub struct Runtime {
+    driver: Arc<dyn Driver>,
+}
+
+/// How many devices of `kind` this machine has.
+///
+/// # Errors
+/// [`Unavailable`] without a driver. A driver without devices has 0.
+pub fn device_count(kind: DeviceKind) -> Result<u32, Unavailable> {
+    match kind {
+        DeviceKind::Cuda => cuda::device_count(),
+        _ => Err(no_driver(kind)),
+    }
+}
+
+fn no_driver(kind: DeviceKind) -> Unavailable {
+    let cause = match kind {
+        DeviceKind::Host => "the host needs no device runtime".to_owned(),
+        _ => "this build has no runtime for it".to_owned(),
+    };
+    Unavailable { kind, tried: vec![format!("drivers for {kind:?} in this build")], cause }
+}
+
+impl Runtime {
+    /// Opens a device. Its primary context is shared with whatever else uses it in this process.
+    ///
+    /// # Errors
+    /// [`Unavailable`] if there is no driver, no such device, or this build has no runtime for its kind.
+    pub fn open(device: Device) -> Result<Self, Unavailable> {
+        let driver: Arc<dyn Driver> = match device.kind {
+            DeviceKind::Cuda => Arc::new(cuda::Cuda::open(device.index)?),
+            kind => return Err(no_driver(kind)),
+        };
+        tracing::debug!(%device, "opened");
+        Ok(Self { driver })
+    }
+
+    /// The device.
+    pub fn device(&self) -> Device {
+        self.driver.device()
+    }
+
+    /// What it is, and how much of its memory is free now.
+    ///
+    /// # Errors
+    /// Of the driver.
+    pub fn info(&self) -> DeviceResult<DeviceInfo> {
+        self.driver.info()
+    }
+
+    /// Whether kernels of this device can read and write the memory of device `peer` of the same kind.
+    ///
+    /// # Errors
+    /// Of the driver, for one if there is no such device.
+    pub fn can_access(&self, peer: u32) -> DeviceResult<bool> {
+        self.driver.can_access(peer)
+    }
+
+    /// Allocates `bytes`, aligned to 256. Their values are whatever was there. Not for the path of a call: it may wait for
+    /// the device.
+    ///
+    /// # Errors
+    /// Of the driver, for one if there is not enough memory.
+    pub fn alloc(&self, bytes: usize) -> DeviceResult<DeviceBuffer> {
+        DeviceBuffer::new(&self.driver, bytes)
+    }
+
+    /// A new stream, which does not wait for the default stream.
+    ///
+    /// # Errors
+    /// Of the driver.
+    pub fn stream(&self) -> DeviceResult<Stream> {
+        Stream::new(&self.driver)
+    }
+
+    /// A stream that an engine lends, by its raw handle (`CUstream`, `hipStream_t`). It is not destroyed with the value.
+    ///
+    /// # Safety
+    /// The handle is one of this device, in its primary context, and outlives the value and what is made with it.
+    pub unsafe fn lend_stream(&self, handle: u64) -> Stream {
+        Stream::lent(&self.driver, handle)
+    }
+
+    /// A new event, which takes times.
+    ///
+    /// # Errors
+    /// Of the driver.
+    pub fn event(&self) -> DeviceResult<Event> {
+        Event::new(&self.driver)
+    }
+
+    /// Loads a code object.
+    ///
+    /// # Errors
+    /// Of the driver, for one if it is for another device.
+    pub fn load(&self, image: &[u8]) -> DeviceResult<Module> {
+        Module::new(&self.driver, image)
+    }
+}
