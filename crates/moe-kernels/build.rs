@@ -68,7 +68,7 @@ mod host_simt {
             for entry in fs::read_dir(stage)? {
                 let file = entry?.path();
                 println!("cargo::rerun-if-changed={}", file.display());
-                if file.extension().is_some_and(|e| e == "hip") {
+                if file.extension().is_some_and(|e| e == "hip") && is_for_all(&file) {
                     sources.push(file);
                 }
             }
@@ -76,23 +76,20 @@ mod host_simt {
         sources.sort();
         compiler().file(common.join("host_simt.cpp")).compile("moe_host_simt");
         for arch in ARCHES {
-            let own: Vec<_> = sources.iter().filter(|file| plays(file, arch)).collect();
             let mut build = compiler();
             build.define(&format!("MOE_AS_{}", arch.to_uppercase().replace('_', "")), None);
             // Kernels are C++ under another name.
-            build.flag("-x").flag("c++").files(own).compile(&format!("moe_kernels_{arch}"));
+            build.flag("-x").flag("c++").files(&sources).compile(&format!("moe_kernels_{arch}"));
         }
         // Libraries are searched in order, and the kernels call the scheduler.
         println!("cargo::rustc-link-lib=static=moe_host_simt");
         Ok(())
     }
 
-    /// Whether `file` is for `arch`: it is for all unless its name ends with one.
-    fn plays(file: &Path, arch: &str) -> bool {
+    /// Whether `file` is for all devices. What is written for one alone uses instructions that are not played yet.
+    fn is_for_all(file: &Path) -> bool {
         let stem = file.file_stem().unwrap_or_default().to_string_lossy();
-        let short = |arch: &str| arch.replace("sm_90a", "sm90");
-        let named = ARCHES.iter().find(|other| stem.ends_with(&format!("_{}", short(other))));
-        named.is_none_or(|other| *other == arch)
+        !ARCHES.iter().any(|arch| stem.ends_with(&format!("_{}", arch.replace("sm_90a", "sm90"))))
     }
 
     fn compiler() -> cc::Build {

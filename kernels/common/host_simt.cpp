@@ -170,15 +170,26 @@ void sync_block() {
 
 void yield() { to_scheduler(); }
 
-u32 exchange(u32 value, u32 from) {
+namespace {
+// Gives `value` to the other lanes of the warp, and returns what all of them gave, from lane 0 on.
+const u32 *give(u32 value) {
     Machine &m = *machine;
     Fiber &fiber = *m.fiber;
     auto &buffer = m.block->exchanged[fiber.exchanges++ % 2];
-    const u32 first = fiber.thread / m.warp * m.warp;
     buffer[fiber.thread] = value;
     fiber.state = State::IN_EXCHANGE;
     to_scheduler();
-    return buffer[first + from];
+    return &buffer[fiber.thread / m.warp * m.warp];
+}
+} // namespace
+
+u32 exchange(u32 value, u32 from) { return give(value)[from]; }
+
+u64 ballot(bool holds) {
+    const u32 *given = give(holds);
+    u64 bits = 0;
+    for (u32 lane = 0; lane < machine->warp; lane++) bits |= u64(given[lane]) << lane;
+    return bits;
 }
 
 void *shared(const void *key, u64 bytes) {

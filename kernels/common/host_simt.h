@@ -32,6 +32,8 @@ u32 block_index();
 void sync_block();
 // The value that lane `from` of the warp gives in the same call.
 u32 exchange(u32 value, u32 from);
+// A bit for each lane of the warp, by what it gives in the same call.
+u64 ballot(bool holds);
 // The block's array for `key`, of `bytes`; poisoned when the first thread asks for it.
 void *shared(const void *key, u64 bytes);
 // Lets other threads run, as a loop that waits for another block must.

@@ -22,6 +22,12 @@ MOE_DEVICE u32 finite_magnitudes(u32 word) {
 
 MOE_DEVICE float larger(float a, float b) { return a > b ? a : b; }
 
+// Codes of the four bf16 of two words, times `factor`.
+MOE_DEVICE u32 scaled_fp8x4(u32 first, u32 second, float factor, float max) {
+    return to_fp8x4(low_bf16(first) * factor, high_bf16(first) * factor, low_bf16(second) * factor,
+                    high_bf16(second) * factor, max);
+}
+
 // The scale of a group whose largest finite magnitude is `amax`, for codes up to 1 / inverse_max.
 MOE_DEVICE float scale_for_amax(float amax, float inverse_max) { return larger(amax, 1e-10f) * inverse_max; }
 } // namespace moe

@@ -16,11 +16,13 @@
 //   sync_block()                barrier of the block; orders shared and global memory within it
 //   shuffle_xor(v, mask)        v of lane `lane() ^ mask`; all lanes of the warp take part
 //   shuffle(v, from)            v of lane `from`
+//   lanes_where(holds)          for each lane of the warp, a bit
 //   any_lane(holds)             whether it holds in any lane of the warp
 //   MOE_SHARED(T, name, count)  an array in shared memory; nothing is in it at first
 //   to_fp8x4(a, b, c, d, max)   codes of four numbers clamped to ±max, lowest byte first; rounded to nearest, ties to even;
 //                               NaN has one code
 //   max_u16x2(a, b)             the larger of each half
+//   count_bits(bits)            of 64
 //   load_once(p) store_once(p, v)   memory that is touched once and should not stay in the caches
 //
 // FP8 is FNUZ on gfx942 and OCP elsewhere: `FP8_FNUZ`. Nothing here includes a header of a toolkit.

@@ -31,7 +31,10 @@ MOE_DEVICE u32 shuffle(u32 v, u32 from) { return __builtin_amdgcn_ds_bpermute(fr
 MOE_DEVICE i32 shuffle(i32 v, u32 from) { return __builtin_amdgcn_ds_bpermute(from * 4, v); }
 MOE_DEVICE float shuffle(float v, u32 from) { return from_bits(shuffle(to_bits(v), from)); }
 template <class T> MOE_DEVICE T shuffle_xor(T v, u32 mask) { return shuffle(v, lane() ^ mask); }
-MOE_DEVICE bool any_lane(bool holds) { return __builtin_amdgcn_ballot_w64(holds) != 0; }
+MOE_DEVICE u64 lanes_where(bool holds) { return __builtin_amdgcn_ballot_w64(holds); }
+MOE_DEVICE bool any_lane(bool holds) { return lanes_where(holds) != 0; }
+
+MOE_DEVICE u32 count_bits(u64 bits) { return u32(__builtin_popcountll(bits)); }
 
 MOE_DEVICE u32 max_u16x2(u32 a, u32 b) {
     typedef u16 pair __attribute__((ext_vector_type(2)));

@@ -18,10 +18,13 @@ MOE_DEVICE void sync_block() { __syncthreads(); }
 
 template <class T> MOE_DEVICE T shuffle_xor(T v, u32 mask) { return __shfl_xor_sync(~0u, v, mask); }
 template <class T> MOE_DEVICE T shuffle(T v, u32 from) { return __shfl_sync(~0u, v, from); }
+MOE_DEVICE u64 lanes_where(bool holds) { return __ballot_sync(~0u, holds); }
 MOE_DEVICE bool any_lane(bool holds) { return __any_sync(~0u, holds); }
 
 MOE_DEVICE float from_bits(u32 bits) { return __uint_as_float(bits); }
 MOE_DEVICE u32 to_bits(float x) { return __float_as_uint(x); }
+
+MOE_DEVICE u32 count_bits(u64 bits) { return u32(__popcll(bits)); }
 
 MOE_DEVICE u32 max_u16x2(u32 a, u32 b) {
     u32 r;

@@ -67,11 +67,10 @@ template <class T> T shuffle(T v, u32 from) {
     return v;
 }
 template <class T> T shuffle_xor(T v, u32 mask) { return shuffle(v, lane() ^ mask); }
-inline bool any_lane(bool holds) {
-    u32 any = holds;
-    for (u32 mask = WARP / 2; mask > 0; mask /= 2) any |= shuffle_xor(any, mask);
-    return any != 0;
-}
+inline u64 lanes_where(bool holds) { return simt::ballot(holds); }
+inline bool any_lane(bool holds) { return lanes_where(holds) != 0; }
+
+inline u32 count_bits(u64 bits) { return u32(__builtin_popcountll(bits)); }
 
 inline u32 max_u16x2(u32 a, u32 b) {
     const u32 low = (a & 0xffff) > (b & 0xffff) ? a & 0xffff : b & 0xffff;

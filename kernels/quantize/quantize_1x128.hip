@@ -18,15 +18,12 @@ MOE_DEVICE u32 group_max(u32 pairs) {
     MOE_UNROLL for (u32 mask = LANES / 2; mask > 0; mask /= 2) pairs = max_u16x2(pairs, shuffle_xor(pairs, mask));
     return max_u16x2(pairs, pairs >> 16) & 0xffff;
 }
-} // namespace
-
-MOE_KERNEL(quantize_1x128, Quantize1x128Params, QUANTIZE_1X128_THREADS) {
-    const u32 group = block_index() * (QUANTIZE_1X128_THREADS / LANES) + thread_index() / LANES;
-    const u32 part = thread_index() % LANES;
+// Group `group`, by sixteen lanes; `part` is the number of this one. Lanes beyond the end take part in the shuffles: all
+// lanes of a warp have to.
+MOE_DEVICE void quantize(const Quantize1x128Params &p, u32 group, u32 part, u32 rows) {
     const u32 row = group / p.groups, column_group = group - row * p.groups;
     const u32 column = column_group * (LANES * ELEMENTS) + part * ELEMENTS;
-    // Lanes beyond the end take part in the shuffles: all lanes of a warp have to.
-    const bool inside = row < p.rows && column < p.hidden;
+    const bool inside = row < rows && column < p.hidden;
 
     u32x4 words = {{0, 0, 0, 0}};
     if (inside) words = load_once(ptr<const u32x4>(p.input + 2 * (u64(row) * p.input_stride + column)));
@@ -43,14 +40,20 @@ MOE_KERNEL(quantize_1x128, Quantize1x128Params, QUANTIZE_1X128_THREADS) {
     const float scale = scale_for_amax(low_bf16(amax), p.inverse_max);
     const float inverse_scale = 1.0f / scale;
     u32 codes[2];
-    MOE_UNROLL for (u32 i = 0; i < 2; i++) {
-        const u32 first = words.v[2 * i], second = words.v[2 * i + 1];
-        codes[i] = to_fp8x4(low_bf16(first) * inverse_scale, high_bf16(first) * inverse_scale,
-                            low_bf16(second) * inverse_scale, high_bf16(second) * inverse_scale, p.max);
-    }
+    MOE_UNROLL for (u32 i = 0; i < 2; i++) codes[i] = scaled_fp8x4(words.v[2 * i], words.v[2 * i + 1], inverse_scale, p.max);
     if (!inside) return;
     store_once(ptr<u64>(p.codes + u64(row) * p.hidden + column), u64(codes[1]) << 32 | codes[0]);
     if (part == 0) {
         ptr<float>(p.scales)[u64(row) * p.scale_row_stride + u64(column_group) * p.scale_group_stride] = scale;
+    }
+}
+} // namespace
+
+MOE_KERNEL(quantize_1x128, Quantize1x128Params, QUANTIZE_1X128_THREADS) {
+    constexpr u32 GROUPS = QUANTIZE_1X128_THREADS / LANES;
+    const u32 rows = row_count(p.rows, p.count);
+    // All threads of a block go round alike.
+    for (u32 first = block_index() * GROUPS; first < rows * p.groups; first += p.blocks * GROUPS) {
+        quantize(p, first + thread_index() / LANES, thread_index() % LANES, rows);
     }
 }

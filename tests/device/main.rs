@@ -2,7 +2,9 @@
 //!
 //! `cargo xtask gpu-pack` puts this program into a folder that runs on a machine with only a driver.
 
+mod experts;
 mod quantize;
+mod reference;
 mod runtime;
 
 use std::process::ExitCode;
@@ -30,7 +32,7 @@ fn trials(gpu: Gpu) -> Vec<Trial> {
         let gpu = Arc::clone(&gpu);
         Trial::test(format!("cuda::{name}"), move || test(&gpu))
     };
-    runtime::TESTS.into_iter().chain(quantize::TESTS).map(on).collect()
+    runtime::TESTS.into_iter().chain(quantize::TESTS).chain(experts::TESTS).map(on).collect()
 }
 
 /// A machine without the device must say so, and not panic.

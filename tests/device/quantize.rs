@@ -60,6 +60,7 @@ fn compare(gpu: &Gpu, job: &Quantize1x128, seed: u64) -> Result<(), Failed> {
         input: device_input.address(),
         codes: codes.address(),
         scales: scales.address(),
+        count: 0,
     })?;
     let (wanted_codes, wanted_scales) = on_host(job, &input)?;
     // Once as it is, once from a graph; both over poison.

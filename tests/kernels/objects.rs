@@ -1,21 +1,35 @@
 //! The objects that were built: every kernel is in them for every device, and takes an argument of the size that Rust gives.
 
-use moe_kernels::quantize::Quantize1x128Params;
+use moe_kernels::grouped_gemm::GroupedGemmParams;
+use moe_kernels::quantize::{Quantize1x128Params, QuantizePerTokenParams};
+use moe_kernels::sorting::MoeSortingParams;
+use moe_kernels::weighted_sum::WeightedSumParams;
 use moe_kernels::{Arch, object};
 use object::{Object, ObjectSection};
 use rmpv::Value;
 use rstest::rstest;
 
-/// Object, kernel, and bytes of its argument.
-const KERNELS: [(&str, &str, usize); 1] =
-    [("quantize_1x128", "quantize_1x128", size_of::<Quantize1x128Params>())];
+/// Object, kernel, bytes of its argument, and whether it is for Hopper alone.
+const KERNELS: [(&str, &str, usize, bool); 7] = [
+    ("quantize_1x128", "quantize_1x128", size_of::<Quantize1x128Params>(), false),
+    ("quantize_per_token", "quantize_per_token", size_of::<QuantizePerTokenParams>(), false),
+    ("moe_sorting", "moe_sorting", size_of::<MoeSortingParams>(), false),
+    ("weighted_sum", "weighted_sum", size_of::<WeightedSumParams>(), false),
+    ("grouped_gemm_bf16_sm90", "grouped_gemm_bf16_8", size_of::<GroupedGemmParams>(), true),
+    ("grouped_gemm_fp8_block_sm90", "grouped_gemm_fp8_block_16", size_of::<GroupedGemmParams>(), true),
+    ("grouped_gemm_fp8_row_sm90", "grouped_gemm_fp8_row_128", size_of::<GroupedGemmParams>(), true),
+];
 
 /// The attribute of `.nv.info.<kernel>` with where the argument is and its size, and how its value is stored.
 const PARAM_CBANK: [u8; 2] = [0x04, 0x0a];
 
 #[rstest]
 fn kernels_take_what_rust_gives(#[values(Arch::Sm90a, Arch::Gfx942, Arch::Gfx950)] arch: Arch) {
-    for (name, kernel, bytes) in KERNELS {
+    for (name, kernel, bytes, of_hopper) in KERNELS {
+        if of_hopper && arch != Arch::Sm90a {
+            assert!(object(arch, name).is_err(), "{name} for {arch}");
+            continue;
+        }
         let image = object(arch, name).unwrap();
         let found = match arch {
             Arch::Sm90a => nvidia_argument(image, kernel),

@@ -76,6 +76,12 @@ macro_rules! entries {
 entries! {
     "quantize_1x128":
         Sm90a moe_sm_90a_quantize_1x128, Gfx942 moe_gfx942_quantize_1x128, Gfx950 moe_gfx950_quantize_1x128;
+    "quantize_per_token":
+        Sm90a moe_sm_90a_quantize_per_token, Gfx942 moe_gfx942_quantize_per_token, Gfx950 moe_gfx950_quantize_per_token;
+    "moe_sorting":
+        Sm90a moe_sm_90a_moe_sorting, Gfx942 moe_gfx942_moe_sorting, Gfx950 moe_gfx950_moe_sorting;
+    "weighted_sum":
+        Sm90a moe_sm_90a_weighted_sum, Gfx942 moe_gfx942_weighted_sum, Gfx950 moe_gfx950_weighted_sum;
     "selftest_reverse":
         Sm90a moe_sm_90a_selftest_reverse, Gfx942 moe_gfx942_selftest_reverse;
     "selftest_reverse_without_barrier":

@@ -7,14 +7,19 @@
 //! says how to. With feature `host-simt` the same sources run on the CPU ([`host_simt`]), slowly, as the tests want it.
 
 mod arch;
+pub mod experts;
+pub mod grouped_gemm;
 #[cfg(feature = "host-simt")]
 pub mod host_simt;
 mod launch;
 mod loaded;
+pub mod pack;
 pub mod quantize;
 mod registry;
 #[cfg(feature = "host-simt")]
 pub mod selftest;
+pub mod sorting;
+pub mod weighted_sum;
 
 pub use arch::Arch;
 pub use launch::{BadLaunch, KernelParams, Launch};

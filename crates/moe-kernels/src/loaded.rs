@@ -5,11 +5,17 @@ use std::collections::BTreeMap;
 use device_runtime::{DeviceError, Dims, Kernel, Runtime, Stream};
 
 use crate::arch::Arch;
+use crate::grouped_gemm::{GemmScheme, SHARED_BYTES};
 use crate::launch::{KernelParams, Launch};
 use crate::registry::{NoObject, object};
 
-/// Kernels of the object and the name.
-const KERNELS: &[(&str, &str)] = &[("quantize_1x128", "quantize_1x128")];
+/// Kernels by their object, for all devices.
+const FOR_ALL: &[(&str, &[&str])] = &[
+    ("quantize_1x128", &["quantize_1x128"]),
+    ("quantize_per_token", &["quantize_per_token"]),
+    ("moe_sorting", &["moe_sorting"]),
+    ("weighted_sum", &["weighted_sum"]),
+];
 
 /// Why kernels cannot be had for a device.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -52,9 +58,21 @@ impl Kernels {
         let arch = Arch::ALL.into_iter().find(of_device);
         let arch = arch.ok_or(LoadError::UnknownArch { name: info.name, arch: info.arch })?;
         let mut loaded = BTreeMap::new();
-        for &(name, kernel) in KERNELS {
+        for &(name, kernels) in FOR_ALL {
             let module = runtime.load(object(arch, name)?)?;
-            loaded.insert(kernel, module.kernel(kernel)?);
+            for &kernel in kernels {
+                loaded.insert(kernel, module.kernel(kernel)?);
+            }
+        }
+        if arch == Arch::Sm90a {
+            for (name, kernels) in GemmScheme::ALL.map(GemmScheme::kernels) {
+                let module = runtime.load(object(arch, name)?)?;
+                for kernel in kernels {
+                    let found = module.kernel(kernel)?;
+                    found.allow_shared(SHARED_BYTES)?;
+                    loaded.insert(kernel, found);
+                }
+            }
         }
         Ok(Self { arch, loaded })
     }

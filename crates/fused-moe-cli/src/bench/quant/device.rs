@@ -80,6 +80,7 @@ fn time(
             input: set.input.address(),
             codes: set.codes.address(),
             scales: set.scales.address(),
+            count: 0,
         })
     });
     let launches: Vec<_> = launches.collect::<Result<_, _>>().or_refused()?;

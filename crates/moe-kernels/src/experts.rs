@@ -1,0 +1,242 @@
+//! Stage 3 as a whole on one device: sort, gemm1 with its activation, quantise again, gemm2, weight and sum.
+//!
+//! Everything that is needed is known before: the worst case of the sizes says how much workspace there is and which grids.
+//! Counts are read on the device, so a call is captured once and replayed with other inputs.
+
+use device_runtime::{DeviceError, Stream};
+
+use crate::grouped_gemm::{GemmBuffers, GemmScheme, GroupedGemm, GroupedGemmParams, TokenTile};
+use crate::launch::{BadLaunch, Launch};
+use crate::loaded::Kernels;
+use crate::quantize::{
+    Quantize1x128, Quantize1x128Params, QuantizeBuffers, QuantizePerToken, QuantizePerTokenParams, ScaleOrder,
+};
+use crate::sorting::{MoeSorting, MoeSortingParams, SortingBuffers};
+use crate::weighted_sum::{SumBuffers, WeightedSum, WeightedSumParams};
+
+/// Alignment of every piece of the workspace.
+const ALIGN: usize = 256;
+
+/// Sizes of a layer on one rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpertsShape {
+    /// What is multiplied.
+    pub scheme: GemmScheme,
+    /// Elements of a token, a multiple of 128.
+    pub hidden: usize,
+    /// Elements between the GEMMs, a multiple of 128.
+    pub intermediate: usize,
+    /// Slots of a row.
+    pub top_k: usize,
+    /// Local experts, at most 256.
+    pub experts: usize,
+    /// Experts over all ranks.
+    pub num_experts: usize,
+    /// Multiprocessors of the device.
+    pub compute_units: u32,
+}
+
+/// The packed weights of a layer, as addresses in the device's memory; see [`crate::pack`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpertsWeights {
+    /// Gate and up of all experts.
+    pub gate_up: u64,
+    /// Their scales; 0 for bf16.
+    pub gate_up_scales: u64,
+    /// Down of all experts.
+    pub down: u64,
+    /// Its scales; 0 for bf16.
+    pub down_scales: u64,
+}
+
+/// What a call reads and writes, as addresses in the device's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpertsCall {
+    /// Rows of this call; the grids are theirs.
+    pub rows: usize,
+    /// `[rows, hidden]` in the scheme's type.
+    pub tokens: u64,
+    /// f32: `[rows, hidden / 128]` for blocks, `[rows]` for rows; 0 for bf16.
+    pub token_scales: u64,
+    /// `[rows, top_k]` i32, global.
+    pub ids: u64,
+    /// `[rows, top_k]` f32.
+    pub weights: u64,
+    /// `[num_experts]` i32, local of global; 0 if they are the same.
+    pub map: u64,
+    /// [`ExpertsShape::workspace_bytes`] for as many rows, aligned to 256.
+    pub workspace: u64,
+    /// `[rows, hidden]` f32, written.
+    pub out: u64,
+    /// Tokens of a tile; the results are the same bits for all.
+    pub tile: TokenTile,
+}
+
+/// Offsets of the pieces of the workspace.
+#[derive(Clone, Copy, Debug)]
+struct Pieces {
+    offsets: usize,
+    pair_rows: usize,
+    positions: usize,
+    activated: usize,
+    codes: usize,
+    scales: usize,
+    products: usize,
+    total: usize,
+}
+
+/// The launches of a call, in order.
+#[derive(Clone, Copy, Debug)]
+pub struct ExpertsLaunches {
+    sort: Launch<MoeSortingParams>,
+    gate_up: Launch<GroupedGemmParams>,
+    quantize: Requantize,
+    down: Launch<GroupedGemmParams>,
+    sum: Launch<WeightedSumParams>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Requantize {
+    Not,
+    Block(Launch<Quantize1x128Params>),
+    Row(Launch<QuantizePerTokenParams>),
+}
+
+impl ExpertsShape {
+    /// Pairs of a row and a local expert, at most.
+    fn pairs(&self, rows: usize) -> usize {
+        rows * self.top_k.min(self.experts)
+    }
+
+    fn pieces(&self, rows: usize) -> Pieces {
+        let (pairs, slots) = (self.pairs(rows), rows * self.top_k);
+        let mut end = 0;
+        let mut piece = |bytes: usize| {
+            let start = end;
+            end = (start + bytes).next_multiple_of(ALIGN);
+            start
+        };
+        let (codes, scales) = match self.scheme {
+            GemmScheme::Bf16 => (0, 0),
+            GemmScheme::Fp8Block => (pairs * self.intermediate, pairs * self.intermediate.div_ceil(128) * 4),
+            GemmScheme::Fp8Row => (pairs * self.intermediate, pairs * 4),
+        };
+        Pieces {
+            offsets: piece((self.experts + 1) * 4),
+            pair_rows: piece(slots * 4),
+            positions: piece(slots * 4),
+            activated: piece(pairs * self.intermediate * 2),
+            codes: piece(codes),
+            scales: piece(scales),
+            products: piece(pairs * self.hidden * 4),
+            total: end,
+        }
+    }
+
+    /// Bytes of workspace of a call of `rows` rows.
+    pub fn workspace_bytes(&self, rows: usize) -> usize {
+        self.pieces(rows).total
+    }
+
+    /// The launches of a call.
+    ///
+    /// # Errors
+    /// [`BadLaunch`] for sizes that the kernels cannot do.
+    pub fn launches(&self, weights: ExpertsWeights, call: ExpertsCall) -> Result<ExpertsLaunches, BadLaunch> {
+        let Self { scheme, hidden, intermediate, top_k, experts, num_experts, compute_units } = *self;
+        let (rows, pairs, pieces) = (call.rows, self.pairs(call.rows), self.pieces(call.rows));
+        let at = |offset: usize| call.workspace + offset as u64;
+        let gemm = |n, k, has_activation| GroupedGemm {
+            scheme,
+            experts,
+            n,
+            k,
+            has_activation,
+            tile: call.tile,
+            compute_units,
+        };
+        let sort = MoeSorting { rows, top_k, experts, num_experts }.launch(SortingBuffers {
+            ids: call.ids,
+            map: call.map,
+            offsets: at(pieces.offsets),
+            pair_rows: at(pieces.pair_rows),
+            positions: at(pieces.positions),
+        })?;
+        let gate_up = gemm(2 * intermediate, hidden, true).launch(GemmBuffers {
+            weights: weights.gate_up,
+            weight_scales: weights.gate_up_scales,
+            tokens: call.tokens,
+            token_scales: call.token_scales,
+            pair_rows: at(pieces.pair_rows),
+            offsets: at(pieces.offsets),
+            out: at(pieces.activated),
+        })?;
+        // As many pairs as there are: the end of the last expert.
+        let buffers = QuantizeBuffers {
+            input: at(pieces.activated),
+            codes: at(pieces.codes),
+            scales: at(pieces.scales),
+            count: at(pieces.offsets + experts * 4),
+        };
+        let format = crate::Arch::Sm90a.fp8();
+        let quantize = match scheme {
+            GemmScheme::Bf16 => Requantize::Not,
+            GemmScheme::Fp8Block => {
+                let (hidden, scales) = (intermediate, ScaleOrder::RowMajor);
+                let job = Quantize1x128 { rows: pairs, hidden, input_stride: hidden, scales, format };
+                Requantize::Block(job.launch(buffers)?)
+            }
+            GemmScheme::Fp8Row => {
+                let job = QuantizePerToken {
+                    rows: pairs,
+                    hidden: intermediate,
+                    input_stride: intermediate,
+                    format,
+                };
+                Requantize::Row(job.launch(buffers)?)
+            }
+        };
+        let is_quantized = scheme != GemmScheme::Bf16;
+        let down = gemm(hidden, intermediate, false).launch(GemmBuffers {
+            weights: weights.down,
+            weight_scales: weights.down_scales,
+            tokens: if is_quantized { at(pieces.codes) } else { at(pieces.activated) },
+            token_scales: at(pieces.scales),
+            pair_rows: 0,
+            offsets: at(pieces.offsets),
+            out: at(pieces.products),
+        })?;
+        let sum = WeightedSum { rows, top_k, hidden }.launch(SumBuffers {
+            products: at(pieces.products),
+            positions: at(pieces.positions),
+            weights: call.weights,
+            out: call.out,
+        })?;
+        Ok(ExpertsLaunches { sort, gate_up, quantize, down, sum })
+    }
+}
+
+impl ExpertsLaunches {
+    /// Puts the call on `stream`.
+    ///
+    /// # Errors
+    /// Of the driver.
+    ///
+    /// # Safety
+    /// All that the shape, the weights and the call name is in memory of the device, as large as they say, and stays there
+    /// until the call has run; nobody else writes it, or reads what the call writes, meanwhile.
+    pub unsafe fn enqueue(&self, kernels: &Kernels, stream: &Stream) -> Result<(), DeviceError> {
+        // SAFETY: the caller vouches for the memory; the pieces of the workspace do not overlap, and the kernels run in order.
+        unsafe {
+            kernels.launch(&self.sort, stream)?;
+            kernels.launch(&self.gate_up, stream)?;
+            match &self.quantize {
+                Requantize::Not => {}
+                Requantize::Block(launch) => kernels.launch(launch, stream)?,
+                Requantize::Row(launch) => kernels.launch(launch, stream)?,
+            }
+            kernels.launch(&self.down, stream)?;
+            kernels.launch(&self.sum, stream)
+        }
+    }
+}

@@ -1,0 +1,264 @@
+//! Stage 3: a product for every expert, on Hopper.
+
+use crate::launch::{BadLaunch, KernelParams, Launch};
+use crate::pack::{TILE_ROW_BYTES, TILE_ROWS};
+
+const THREADS: u32 = 384;
+/// All that a block can have.
+pub(crate) const SHARED_BYTES: u32 = 232_448;
+const MAX_EXPERTS: usize = 256;
+
+/// What is multiplied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum GemmScheme {
+    /// bf16 weights and tokens.
+    Bf16,
+    /// FP8 with one scale per 128 columns of a token and per 128x128 weights.
+    Fp8Block,
+    /// FP8 with one scale per token and one per weight row (PTPC).
+    Fp8Row,
+}
+
+impl GemmScheme {
+    /// All of them.
+    pub const ALL: [GemmScheme; 3] = [GemmScheme::Bf16, GemmScheme::Fp8Block, GemmScheme::Fp8Row];
+
+    /// Bytes of a code.
+    pub const fn bytes(self) -> usize {
+        match self {
+            GemmScheme::Bf16 => 2,
+            GemmScheme::Fp8Block | GemmScheme::Fp8Row => 1,
+        }
+    }
+
+    /// Its object, and the kernels of it by tokens of a tile.
+    pub(crate) const fn kernels(self) -> (&'static str, [&'static str; 5]) {
+        match self {
+            GemmScheme::Bf16 => (
+                "grouped_gemm_bf16_sm90",
+                [
+                    "grouped_gemm_bf16_8",
+                    "grouped_gemm_bf16_16",
+                    "grouped_gemm_bf16_32",
+                    "grouped_gemm_bf16_64",
+                    "grouped_gemm_bf16_128",
+                ],
+            ),
+            GemmScheme::Fp8Block => (
+                "grouped_gemm_fp8_block_sm90",
+                [
+                    "grouped_gemm_fp8_block_8",
+                    "grouped_gemm_fp8_block_16",
+                    "grouped_gemm_fp8_block_32",
+                    "grouped_gemm_fp8_block_64",
+                    "grouped_gemm_fp8_block_128",
+                ],
+            ),
+            GemmScheme::Fp8Row => (
+                "grouped_gemm_fp8_row_sm90",
+                [
+                    "grouped_gemm_fp8_row_8",
+                    "grouped_gemm_fp8_row_16",
+                    "grouped_gemm_fp8_row_32",
+                    "grouped_gemm_fp8_row_64",
+                    "grouped_gemm_fp8_row_128",
+                ],
+            ),
+        }
+    }
+}
+
+/// Tokens of a tile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum TokenTile {
+    /// 8.
+    T8,
+    /// 16.
+    T16,
+    /// 32.
+    T32,
+    /// 64.
+    T64,
+    /// 128.
+    T128,
+}
+
+impl TokenTile {
+    /// All of them.
+    pub const ALL: [TokenTile; 5] =
+        [TokenTile::T8, TokenTile::T16, TokenTile::T32, TokenTile::T64, TokenTile::T128];
+
+    /// How many tokens.
+    pub const fn tokens(self) -> usize {
+        8 << self as usize
+    }
+
+    /// For `pairs` expected over `experts`: the smallest tile that holds what most experts get, since a second tile of an expert
+    /// reads its weights again. Drawn uniformly, an expert has its mean and two standard deviations at most, nearly always.
+    pub fn for_pairs(pairs: usize, experts: usize) -> Self {
+        let mean = pairs as f64 / experts.max(1) as f64;
+        let wanted = mean + 2.0 * mean.sqrt();
+        Self::ALL.into_iter().find(|tile| tile.tokens() as f64 >= wanted).unwrap_or(TokenTile::T128)
+    }
+}
+
+/// A product for every expert: `[pairs of the expert, k] · [n, k]ᵀ`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GroupedGemm {
+    /// What is multiplied.
+    pub scheme: GemmScheme,
+    /// Experts, at most 256.
+    pub experts: usize,
+    /// Weight rows of an expert, gate and up together; a multiple of 128.
+    pub n: usize,
+    /// Columns; their bytes are a multiple of 128.
+    pub k: usize,
+    /// SiLU(gate) · up in bf16 is written instead of the products in f32.
+    pub has_activation: bool,
+    /// Tokens of a tile.
+    pub tile: TokenTile,
+    /// Multiprocessors of the device: as many blocks stay on it.
+    pub compute_units: u32,
+}
+
+/// Addresses in the device's memory, aligned to 16 bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GemmBuffers {
+    /// As [`crate::pack`] packs them.
+    pub weights: u64,
+    /// f32: `[experts, n / 128, k bytes / 128, 2]` for blocks, `[experts, n]` in packed order for rows, nothing for bf16.
+    pub weight_scales: u64,
+    /// `[rows, k]`.
+    pub tokens: u64,
+    /// f32: `[rows, k / 128]` for blocks, `[rows]` for rows, nothing for bf16.
+    pub token_scales: u64,
+    /// `[pairs]` u32: the row of each pair. 0 if a pair's row is its number.
+    pub pair_rows: u64,
+    /// `[experts + 1]` u32: where the pairs of each expert begin.
+    pub offsets: u64,
+    /// Written: `[pairs, n / 2]` bf16 behind the activation, else `[pairs, n]` f32.
+    pub out: u64,
+}
+
+/// The argument of the kernels: `GroupedGemmParams` in `kernels/experts/grouped_gemm.h`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GroupedGemmParams {
+    weights: u64,
+    weight_scales: u64,
+    tokens: u64,
+    token_scales: u64,
+    rows: u64,
+    offsets: u64,
+    out: u64,
+    experts: u32,
+    n_tiles: u32,
+    k_tiles: u32,
+    blocks: u32,
+    has_activation: u32,
+    unused: u32,
+}
+
+const _: () = assert!(size_of::<GroupedGemmParams>() == 80);
+
+// SAFETY: `repr(C)`, seven fields of 8 bytes and six of 4, 80 bytes in all, so there is no padding; the struct in
+// `kernels/experts/grouped_gemm.h` has the same fields in the same order.
+unsafe impl KernelParams for GroupedGemmParams {}
+
+impl GroupedGemm {
+    /// The call.
+    ///
+    /// # Errors
+    /// [`BadLaunch`] for sizes that do not fill tiles, and for more than 256 experts.
+    pub fn launch(&self, buffers: GemmBuffers) -> Result<Launch<GroupedGemmParams>, BadLaunch> {
+        let (object, kernels) = self.scheme.kernels();
+        let kernel = kernels[self.tile as usize];
+        let narrow = |what, size| BadLaunch::narrow(kernel, what, size);
+        let n = BadLaunch::multiple(kernel, "weight rows", self.n, TILE_ROWS)?;
+        let k_bytes =
+            BadLaunch::multiple(kernel, "bytes of k", self.k * self.scheme.bytes(), TILE_ROW_BYTES)?;
+        if self.experts > MAX_EXPERTS {
+            let (what, size) = ("local experts", self.experts);
+            return Err(BadLaunch::TooLarge { kernel, what, size, limit: MAX_EXPERTS });
+        }
+        let GemmBuffers { weights, weight_scales, tokens, token_scales, pair_rows, offsets, out } = buffers;
+        Ok(Launch {
+            object,
+            kernel,
+            grid: self.compute_units,
+            block: THREADS,
+            shared_bytes: SHARED_BYTES,
+            params: GroupedGemmParams {
+                weights,
+                weight_scales,
+                tokens,
+                token_scales,
+                rows: pair_rows,
+                offsets,
+                out,
+                experts: narrow("local experts", self.experts)?,
+                n_tiles: narrow("weight rows", n / TILE_ROWS)?,
+                k_tiles: narrow("bytes of k", k_bytes / TILE_ROW_BYTES)?,
+                blocks: self.compute_units,
+                has_activation: u32::from(self.has_activation),
+                unused: 0,
+            },
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tile_holds_what_an_expert_is_expected_to_get() {
+        for (pairs, experts, tile) in [
+            (0, 32, TokenTile::T8),
+            (128, 32, TokenTile::T8),
+            (512, 32, TokenTile::T32),
+            (1024, 32, TokenTile::T64),
+            (4096, 32, TokenTile::T128),
+            (1 << 20, 1, TokenTile::T128),
+        ] {
+            assert_eq!(TokenTile::for_pairs(pairs, experts), tile, "{pairs} pairs, {experts} experts");
+        }
+    }
+
+    #[test]
+    fn sizes_that_do_not_fill_tiles_are_refused() {
+        let gemm = GroupedGemm {
+            scheme: GemmScheme::Fp8Block,
+            experts: 8,
+            n: 4096,
+            k: 7168,
+            has_activation: true,
+            tile: TokenTile::T8,
+            compute_units: 132,
+        };
+        let nowhere = GemmBuffers {
+            weights: 0,
+            weight_scales: 0,
+            tokens: 0,
+            token_scales: 0,
+            pair_rows: 0,
+            offsets: 0,
+            out: 0,
+        };
+        let refused = |gemm: GroupedGemm| gemm.launch(nowhere).unwrap_err().to_string();
+        assert!(gemm.launch(nowhere).is_ok());
+        let kernel = "(grouped_gemm_fp8_block_8)";
+        assert_eq!(
+            refused(GroupedGemm { n: 4000, ..gemm }),
+            format!("weight rows 4000 is not a multiple of 128 {kernel}")
+        );
+        assert_eq!(
+            refused(GroupedGemm { k: 7000, ..gemm }),
+            format!("bytes of k 7000 is not a multiple of 128 {kernel}")
+        );
+        assert_eq!(
+            refused(GroupedGemm { experts: 257, ..gemm }),
+            format!("local experts 257 is more than 256 {kernel}")
+        );
+    }
+}

@@ -1,0 +1,17 @@
+// FP8 with one scale per token and one per weight row (PTPC), or per tensor in that form. By tokens of a tile.
+
+#include "grouped_gemm_sm90.h"
+
+using namespace moe;
+using namespace moe::sm90;
+
+#define GROUPED_GEMM(tokens, stages)                                                                                   \
+    MOE_KERNEL(grouped_gemm_fp8_row_##tokens, GroupedGemmParams, GROUPED_GEMM_THREADS) {                      \
+        grouped_gemm<Fp8, Scales::ROW, tokens, stages>(p);                                                        \
+    }
+
+GROUPED_GEMM(8, 12)
+GROUPED_GEMM(16, 11)
+GROUPED_GEMM(32, 10)
+GROUPED_GEMM(64, 8)
+GROUPED_GEMM(128, 6)

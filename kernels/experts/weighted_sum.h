@@ -1,0 +1,21 @@
+// What the kernel of this folder that sums the experts of a token is given; crates/moe-kernels/src/experts.rs has the same
+// struct.
+#pragma once
+
+#include "../common/platform.h"
+
+namespace moe {
+struct WeightedSumParams {
+    u64 products;  // [pairs, hidden] f32
+    u64 positions; // [rows, top_k] i32: the pair of each slot; negative if the expert is not here
+    u64 weights;   // [rows, top_k] f32
+    u64 out;       // [rows, hidden] f32
+    u32 rows;
+    u32 top_k;
+    u32 hidden; // a multiple of 4
+    u32 blocks_per_row;
+};
+static_assert(sizeof(WeightedSumParams) == 48, "mirrored in Rust");
+
+constexpr u32 WEIGHTED_SUM_THREADS = 256;
+} // namespace moe
