@@ -39,9 +39,21 @@ impl DeviceBuffer {
     /// # Panics
     /// If `from` is longer than the buffer.
     pub fn write(&mut self, from: &[u8]) -> DeviceResult<()> {
-        assert!(from.len() <= self.bytes, "{} bytes into a buffer of {}", from.len(), self.bytes);
-        // SAFETY: the buffer is alive and at least as long as `from`.
-        unsafe { self.driver.copy_in(self.address, from) }
+        self.write_at(0, from)
+    }
+
+    /// Copies `from` to where `offset` bytes are before it, and waits until that is done.
+    ///
+    /// # Errors
+    /// Of the driver.
+    ///
+    /// # Panics
+    /// If `from` does not fit the rest of the buffer.
+    pub fn write_at(&mut self, offset: usize, from: &[u8]) -> DeviceResult<()> {
+        let fits = self.bytes.checked_sub(offset).is_some_and(|rest| from.len() <= rest);
+        assert!(fits, "{} bytes at {offset} of a buffer of {}", from.len(), self.bytes);
+        // SAFETY: the buffer is alive, and the rest of it at least as long as `from`.
+        unsafe { self.driver.copy_in(self.address + offset as u64, from) }
     }
 
     /// Copies its start to `to`, and waits until that is done. Work on streams that do not wait for the default stream has to

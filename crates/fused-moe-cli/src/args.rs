@@ -434,6 +434,15 @@ pub struct BenchExpertsArgs {
     /// Quantisation schemes; all if not given.
     #[arg(long, value_enum, value_delimiter = ',')]
     pub quant: Vec<Quant>,
+    /// Where; a GPU runs stage 3 alone, from sorting to the weighted sum.
+    #[arg(long, value_enum, default_value_t = OnDevice::Host, conflicts_with_all = ["ep_size", "threads", "routing", "tuning"])]
+    pub device: OnDevice,
+    /// On a GPU: the experts are those of one of R ranks, each with as many tokens.
+    #[arg(long, value_name = "R", default_value_t = 1)]
+    pub slice_of: usize,
+    /// On a GPU: experts of a token over all ranks; that of the shape if not given.
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
     /// Ranks of this process that share the experts and the tokens; their calls are measured by wall time.
     #[arg(long, default_value_t = 1)]
     pub ep_size: usize,

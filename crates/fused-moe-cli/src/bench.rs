@@ -4,4 +4,6 @@ pub mod calls;
 mod clock;
 pub mod comm;
 pub mod experts;
+mod experts_device;
 pub mod quant;
+mod replays;

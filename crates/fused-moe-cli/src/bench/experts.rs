@@ -19,7 +19,8 @@ use serde::{Deserialize, Serialize};
 
 use super::calls::Calls;
 use super::clock::Clock;
-use crate::args::{BenchExpertsArgs, Quant};
+use super::experts_device;
+use crate::args::{BenchExpertsArgs, OnDevice, Quant};
 use crate::ep::share;
 use crate::exit::{Failure, OrFailure, refused};
 use crate::layer::{check_conversion, scheme};
@@ -144,6 +145,11 @@ pub fn run(args: &BenchExpertsArgs) -> Result<(), Failure> {
     if args.reps == 0 {
         return refused("--reps 0: at least one call is needed");
     }
+    let tokens = if args.tokens.is_empty() { &shape.tokens } else { &args.tokens };
+    shape.check(tokens).or_refused()?;
+    if args.device != OnDevice::Host {
+        return experts_device::run(args, &shape, tokens);
+    }
     let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
     let threads = args.threads.unwrap_or(cores);
     if threads > MAX_THREADS {
@@ -159,8 +165,6 @@ pub fn run(args: &BenchExpertsArgs) -> Result<(), Failure> {
         schemes.into_iter().map(|quant| scheme(quant, QuantScheme::Unquantized)).collect();
     // The weights are drawn in bf16.
     schemes.iter().try_for_each(|&wanted| check_conversion(QuantScheme::Unquantized, wanted))?;
-    let tokens = if args.tokens.is_empty() { &shape.tokens } else { &args.tokens };
-    shape.check(tokens).or_refused()?;
     let ep_size = args.ep_size;
     if ep_size == 0 || ep_size > shape.experts {
         return refused(format!("--ep-size {ep_size}: {} experts are for 1 to as many ranks", shape.experts));

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use fused_moe::device::{DeviceBuffer, DeviceResult, Graph, Runtime, Stream};
+use fused_moe::device::{DeviceBuffer, DeviceResult, Runtime, Stream};
 use fused_moe::kernels::Kernels;
 use fused_moe::kernels::quantize::{Quantize1x128, QuantizeBuffers, ScaleOrder};
 use fused_moe::{Device, DeviceKind};
@@ -14,16 +14,11 @@ use rand_pcg::Pcg64;
 
 use super::{Report, Row};
 use crate::args::{BenchQuantArgs, OnDevice};
+use crate::bench::replays::{BEYOND_CACHES, CALLS, copy_rate, replays};
 use crate::exit::{Failure, OrFailure};
 
-/// Larger than the last cache of any device here, over all sets of buffers.
-const BEYOND_CACHES: usize = 400 << 20;
 /// Sets of buffers that calls take turns on.
 const MAX_SETS: usize = 8;
-/// A replay should take milliseconds, so that its start does not count.
-const CALLS: usize = 40;
-const WARM: usize = 3;
-
 /// Buffers of one call.
 struct Set {
     input: DeviceBuffer,
@@ -90,24 +85,7 @@ fn time(
             unsafe { kernels.launch(launch, stream) }
         })
     });
-    replays(runtime, stream, &graph.or_failed()?, reps).or_failed()
-}
-
-/// Times of one call, from as many replays.
-fn replays(runtime: &Runtime, stream: &Stream, graph: &Graph, reps: usize) -> DeviceResult<Vec<Duration>> {
-    let (mut start, mut end) = (runtime.event()?, runtime.event()?);
-    let mut times = Vec::with_capacity(reps);
-    for rep in 0..WARM + reps {
-        start.record(stream)?;
-        // SAFETY: whoever recorded the graph still has its buffers.
-        unsafe { graph.replay(stream)? };
-        end.record(stream)?;
-        let took = end.elapsed(&start)?;
-        if rep >= WARM {
-            times.push(took / CALLS as u32);
-        }
-    }
-    Ok(times)
+    replays(runtime, stream, &graph.or_failed()?, (CALLS, reps)).or_failed()
 }
 
 fn set(runtime: &Runtime, job: &Quantize1x128, seed: u64) -> DeviceResult<Set> {
@@ -123,12 +101,4 @@ fn set(runtime: &Runtime, job: &Quantize1x128, seed: u64) -> DeviceResult<Set> {
     let mut input = runtime.alloc(all.len())?;
     input.write(&all)?;
     Ok(Set { input, codes: runtime.alloc(job.code_bytes())?, scales: runtime.alloc(job.scale_len() * 4)? })
-}
-
-fn copy_rate(runtime: &Runtime, stream: &Stream, reps: usize) -> DeviceResult<f64> {
-    let (from, mut to) = (runtime.alloc(BEYOND_CACHES)?, runtime.alloc(BEYOND_CACHES)?);
-    let graph = stream.capture(|stream| (0..CALLS).try_for_each(|_| to.copy_from(&from, stream)))?;
-    let mut times = replays(runtime, stream, &graph, reps)?;
-    times.sort_unstable();
-    Ok(2.0 * BEYOND_CACHES as f64 / times[times.len() / 2].as_secs_f64() / 1e9)
 }
