@@ -8,6 +8,13 @@ namespace moe {
 MOE_DEVICE float low_bf16(u32 word) { return from_bits(word << 16); }
 MOE_DEVICE float high_bf16(u32 word) { return from_bits(word & 0xffff0000); }
 
+// The nearest bf16, ties to even; of finite numbers.
+MOE_DEVICE u16 to_bf16(float x) {
+    const u32 bits = to_bits(x);
+    return u16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+MOE_DEVICE u32 two_bf16(float low, float high) { return u32(to_bf16(high)) << 16 | to_bf16(low); }
+
 // Magnitudes of the two bf16 of a word, as bits that compare as the numbers do.
 MOE_DEVICE u32 magnitudes(u32 word) { return word & 0x7fff7fff; }
 

@@ -40,12 +40,12 @@ MOE_DEVICE void fence_barriers() { asm volatile("fence.mbarrier_init.release.clu
 // What this thread wrote to shared memory is seen by wgmma and bulk copies.
 MOE_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// `bytes` (a multiple of 16) from global to shared memory, counted on `barrier`. The source is read once.
-MOE_DEVICE void bulk_copy(void *to, u64 from, u32 bytes, Barrier &barrier) {
-    constexpr u64 EVICT_FIRST = 0x12f0000000000000;
+// `bytes` (a multiple of 16) from global to shared memory, counted on `barrier`. What is read ONCE leaves the cache first.
+template <bool ONCE> MOE_DEVICE void bulk_copy(void *to, u64 from, u32 bytes, Barrier &barrier) {
+    constexpr u64 EVICT_FIRST = 0x12f0000000000000, EVICT_NORMAL = 0x1000000000000000;
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
                      shared_address(to)),
-                 "l"(from), "r"(bytes), "r"(shared_address(&barrier)), "l"(EVICT_FIRST)
+                 "l"(from), "r"(bytes), "r"(shared_address(&barrier)), "l"(ONCE ? EVICT_FIRST : EVICT_NORMAL)
                  : "memory");
 }
 

@@ -15,13 +15,13 @@ struct GroupedGemmParams {
     u64 token_scales;  // [rows, k_tiles] f32, or [rows] f32
     u64 rows;          // [pairs] u32: which row of `tokens` each pair has; 0 if it is its own number
     u64 offsets;       // [experts + 1] u32: where the pairs of each expert begin
-    u64 out;           // [pairs, n / 2] bf16 behind an activation; or [pairs, n] f32
+    u64 out;           // [pairs, n / 2] bf16 behind an activation; or [pairs, n] f32 or bf16
     u32 experts;
     u32 n_tiles;
     u32 k_tiles;
     u32 blocks; // of the grid
     u32 has_activation;
-    u32 unused;
+    u32 out_is_bf16; // without an activation
 };
 static_assert(sizeof(GroupedGemmParams) == 80, "mirrored in Rust");
 

@@ -1,11 +1,12 @@
 // Stage 3 on Hopper: the main loop of the grouped GEMMs.
 //
-// A block takes tiles of 128 weight rows by TOKENS tokens of one expert, over all of k. Weights are the first operand of wgmma
-// and tokens the second, so few tokens waste nothing: at decode this is a machine that streams weights. Blocks are as many
+// A block takes tiles of 128 weight rows by TOKENS tokens of one expert, over all of k. Few tokens are
+// the second operand of wgmma, so that they waste nothing: at decode this is a machine that streams weights. Blocks are as many
 // as multiprocessors and stay; tiles go round among them, those that share weights next to each other.
 //
 // Warpgroup 2 fetches, up to STAGES steps of 128 bytes of k ahead and across tiles, so that memory is busy while others store:
-// one thread copies the weight tile in one piece, all of them gather rows of tokens. Warpgroups 0 and 1 multiply 64 rows each.
+// one thread copies the weight tile in one piece, and all of them gather rows of tokens. Warpgroups 0 and 1 multiply, each
+// half of the weights where tokens are few, and half of the tokens where they fill the tile.
 #pragma once
 
 #include "../common/numbers.h"
@@ -20,13 +21,13 @@ enum class Scales {
     ROW,   // one per token and one per weight row
 };
 
-template <class T, Scales SCALES, u32 TOKENS> struct Stage {
+template <u32 TOKENS> struct Stage {
     alignas(1024) u8 weights[TILE_BYTES];
     alignas(1024) u8 tokens[TOKENS * TILE_ROW_BYTES];
 };
 
-template <class T, Scales SCALES, u32 TOKENS, u32 STAGES> struct Memory {
-    Stage<T, SCALES, TOKENS> stages[STAGES];
+template <u32 TOKENS, u32 STAGES> struct Memory {
+    Stage<TOKENS> stages[STAGES];
     float token_scales[STAGES][TOKENS];
     float weight_scales[STAGES][2];
     u32 offsets[MAX_EXPERTS + 1];
@@ -55,52 +56,49 @@ template <u32 TOKENS> MOE_DEVICE Work work(u32 tile, const u32 *first_tile, cons
     return {low, n_tile, offsets[low] + token_tile * TOKENS, left < TOKENS ? left : TOKENS};
 }
 
-template <class T, Scales SCALES, u32 TOKENS, u32 STAGES>
-MOE_DEVICE void fetch(const GroupedGemmParams &p, Memory<T, SCALES, TOKENS, STAGES> &m) {
+template <Scales SCALES, u32 TOKENS, u32 STAGES>
+MOE_DEVICE void fetch(const GroupedGemmParams &p, Memory<TOKENS, STAGES> &m) {
     // A copy group per step. So many may be on their way before the oldest is handed on.
     constexpr u32 AHEAD = STAGES > 4 ? 4 : STAGES - 1;
-    constexpr u32 THREADS = 128, CHUNKS = TILE_ROW_BYTES / 16, ROUNDS = (TOKENS * CHUNKS + THREADS - 1) / THREADS;
+    constexpr u32 THREADS = 128, CHUNKS = TILE_ROW_BYTES / 16, ROWS = THREADS / CHUNKS;
+    constexpr u32 ROUNDS = (TOKENS + ROWS - 1) / ROWS;
+    static_assert(ROWS % 8 == 0, "a thread has the same place in a group of eight rows in every round");
     const u32 thread = thread_index() % THREADS, tiles = m.first_tile[p.experts];
+    const u32 first_row = thread / CHUNKS, chunk = thread % CHUNKS;
+    const u32 to = first_row * TILE_ROW_BYTES + (chunk ^ first_row % 8) * 16;
     const u64 row_bytes = u64(p.k_tiles) * TILE_ROW_BYTES;
     u32 step = 0;
     for (u32 tile = block_index(); tile < tiles; tile += p.blocks) {
         const Work w = work<TOKENS>(tile, m.first_tile, m.offsets, p.n_tiles, p.experts);
-        const u64 weights = p.weights + (u64(w.expert) * p.n_tiles + w.n_tile) * p.k_tiles * TILE_BYTES;
-        u64 from[ROUNDS];
-        u32 to[ROUNDS];
-        bool valid[ROUNDS];
-        MOE_UNROLL for (u32 i = 0; i < ROUNDS; i++) {
-            const u32 row = (i * THREADS + thread) / CHUNKS, chunk = thread % CHUNKS;
-            valid[i] = row < w.count;
-            u32 source = w.first + (valid[i] ? row : 0);
-            if (p.rows) source = ptr<const u32>(p.rows)[source];
-            from[i] = p.tokens + source * row_bytes + chunk * 16;
-            to[i] = row * TILE_ROW_BYTES + (chunk ^ row % 8) * 16;
-        }
+        const u64 first_tile = (u64(w.expert) * p.n_tiles + w.n_tile) * p.k_tiles;
+        // The row that a pair has; that of the first pair where there is none.
+        auto source = [&](u32 row) {
+            const u32 pair = w.first + (row < w.count ? row : 0);
+            return p.rows ? ptr<const u32>(p.rows)[pair] : pair;
+        };
+        u32 sources[ROUNDS];
+        MOE_UNROLL for (u32 i = 0; i < ROUNDS; i++) sources[i] = source(i * ROWS + first_row);
         u64 token_scale = 0;
-        if (SCALES == Scales::BLOCK && thread < TOKENS) {
-            u32 source = w.first + (thread < w.count ? thread : 0);
-            if (p.rows) source = ptr<const u32>(p.rows)[source];
-            token_scale = p.token_scales + 4 * (u64(source) * p.k_tiles);
-        }
-        const u64 weight_scale = p.weight_scales + 8 * ((u64(w.expert) * p.n_tiles + w.n_tile) * p.k_tiles);
+        if (SCALES == Scales::BLOCK && thread < TOKENS) token_scale = p.token_scales + 4 * (u64(source(thread)) * p.k_tiles);
         for (u32 k = 0; k < p.k_tiles; k++, step++) {
             const u32 at = step % STAGES, turn = step / STAGES;
             m.empty[at].wait((turn & 1) ^ 1);
             auto &stage = m.stages[at];
             if (thread == 0) {
                 m.full[at].arrive_expecting(TILE_BYTES);
-                bulk_copy(stage.weights, weights + u64(k) * TILE_BYTES, TILE_BYTES, m.full[at]);
+                bulk_copy<(TOKENS < 128)>(stage.weights, p.weights + (first_tile + k) * TILE_BYTES, TILE_BYTES, m.full[at]);
             }
-            const u32 tokens = shared_address(stage.tokens);
+            const u32 tokens = shared_address(stage.tokens) + to;
+            const u64 from = p.tokens + u64(k) * TILE_ROW_BYTES + chunk * 16;
             MOE_UNROLL for (u32 i = 0; i < ROUNDS; i++) {
-                if (TOKENS * CHUNKS % THREADS == 0 || i * THREADS + thread < TOKENS * CHUNKS) {
-                    copy16(tokens + to[i], from[i] + k * TILE_ROW_BYTES, valid[i]);
+                const u32 row = i * ROWS + first_row;
+                if (TOKENS % ROWS == 0 || row < TOKENS) {
+                    copy16(tokens + i * ROWS * TILE_ROW_BYTES, from + sources[i] * row_bytes, row < w.count);
                 }
             }
             if (SCALES == Scales::BLOCK) {
                 if (thread < TOKENS) copy4(shared_address(&m.token_scales[at][thread]), token_scale + 4 * k, true);
-                if (thread == THREADS - 1) copy8(shared_address(m.weight_scales[at]), weight_scale + 8 * k);
+                if (thread == THREADS - 1) copy8(shared_address(m.weight_scales[at]), p.weight_scales + 8 * (first_tile + k));
             }
             close_copies();
             if (step >= AHEAD) {
@@ -118,109 +116,178 @@ MOE_DEVICE void fetch(const GroupedGemmParams &p, Memory<T, SCALES, TOKENS, STAG
 // gate·sigmoid(gate)·up, each step rounded as the host does it.
 MOE_DEVICE float silu_mul(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
 
-MOE_DEVICE u16 to_bf16(float x) {
-    const u32 bits = to_bits(x);
-    return u16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+// Results of a packed weight row and of the one eight further, which are gate and up where there is an activation.
+struct Pair {
+    float first, other;
+};
+
+// The scales of rows, where they have some.
+template <Scales SCALES> MOE_DEVICE Pair row_scales(const GroupedGemmParams &p, const Work &w, u32 row) {
+    if (SCALES != Scales::ROW) return {1.0f, 1.0f};
+    const float *scales = ptr<const float>(p.weight_scales) + u64(w.expert) * p.n_tiles * TILE_ROWS + row;
+    return {scales[0], scales[8]};
 }
 
-template <class T, Scales SCALES, u32 TOKENS>
-MOE_DEVICE void store(const GroupedGemmParams &p, const Work &w, const float (&d)[TOKENS / 2]) {
-    const u32 thread = thread_index() % 128, half = thread_index() / 128;
-    const u32 slab = half * 4 + thread / 32, row = thread % 32 / 4, column = thread % 4 * 2;
-    const u32 n = p.n_tiles * TILE_ROWS, packed = w.n_tile * TILE_ROWS + slab * 16 + row;
-    float first_scale = 1.0f, other_scale = 1.0f;
+template <Scales SCALES> MOE_DEVICE float token_scale(const GroupedGemmParams &p, u64 pair) {
+    if (SCALES != Scales::ROW) return 1.0f;
+    const u32 source = p.rows ? ptr<const u32>(p.rows)[pair] : u32(pair);
+    return ptr<const float>(p.token_scales)[source];
+}
+
+// Stores the results of COUNT rows next to each other, of which `row` is the first, for a token. `slab` is the first of the sixteen
+// rows that it is among.
+template <Scales SCALES, u32 COUNT>
+MOE_DEVICE void store(const GroupedGemmParams &p, u64 pair, u32 slab, u32 row, Pair (&d)[COUNT], const Pair (&scales)[COUNT]) {
+    const u32 n = p.n_tiles * TILE_ROWS;
     if (SCALES == Scales::ROW) {
-        const float *scales = ptr<const float>(p.weight_scales) + u64(w.expert) * n;
-        first_scale = scales[packed];
-        other_scale = scales[packed + 8];
+        const float scale = token_scale<SCALES>(p, pair);
+        MOE_UNROLL for (u32 i = 0; i < COUNT; i++) {
+            d[i].first *= scales[i].first * scale;
+            d[i].other *= scales[i].other * scale;
+        }
     }
-    MOE_UNROLL for (u32 j = 0; j < TOKENS / 8; j++) {
-        MOE_UNROLL for (u32 i = 0; i < 2; i++) {
-            const u32 token = j * 8 + column + i;
-            if (token >= w.count) continue;
-            const u64 pair = w.first + token;
-            float first = d[4 * j + i], other = d[4 * j + 2 + i];
-            if (SCALES == Scales::ROW) {
-                const u32 source = p.rows ? ptr<const u32>(p.rows)[pair] : u32(pair);
-                const float scale = ptr<const float>(p.token_scales)[source];
-                first *= first_scale * scale;
-                other *= other_scale * scale;
-            }
-            if (p.has_activation) {
-                const u32 output = w.n_tile * (TILE_ROWS / 2) + slab * 8 + row;
-                ptr<u16>(p.out)[pair * (n / 2) + output] = to_bf16(silu_mul(first, other));
-            } else {
-                float *out = ptr<float>(p.out) + pair * n + packed;
-                out[0] = first;
-                out[8] = other;
-            }
+    if (p.has_activation) {
+        u16 *out = ptr<u16>(p.out) + pair * (n / 2) + (row - slab / 2);
+        float a[COUNT];
+        MOE_UNROLL for (u32 i = 0; i < COUNT; i++) a[i] = silu_mul(d[i].first, d[i].other);
+        if constexpr (COUNT == 2) *reinterpret_cast<u32 *>(out) = two_bf16(a[0], a[1]);
+        else *out = to_bf16(a[0]);
+    } else if (p.out_is_bf16) {
+        u16 *out = ptr<u16>(p.out) + pair * n + row;
+        if constexpr (COUNT == 2) {
+            *reinterpret_cast<u32 *>(out) = two_bf16(d[0].first, d[1].first);
+            *reinterpret_cast<u32 *>(out + 8) = two_bf16(d[0].other, d[1].other);
+        } else {
+            out[0] = to_bf16(d[0].first);
+            out[8] = to_bf16(d[0].other);
+        }
+    } else {
+        float *out = ptr<float>(p.out) + pair * n + row;
+        MOE_UNROLL for (u32 i = 0; i < COUNT; i++) {
+            out[i] = d[i].first;
+            out[8 + i] = d[i].other;
         }
     }
 }
 
-template <class T, Scales SCALES, u32 TOKENS, u32 STAGES>
-MOE_DEVICE void multiply(const GroupedGemmParams &p, Memory<T, SCALES, TOKENS, STAGES> &m) {
+// The sums of a warpgroup, with the weights as rows: 64 of them, by TOKENS tokens. A thread has two packed rows, of gate and of
+// up where there are both, and a quarter of the tokens.
+template <class T, Scales SCALES, u32 TOKENS> struct WeightsByTokens {
+    static constexpr u32 SUMS = TOKENS / 2;
+    // Bytes of the operands in shared memory between the two warpgroups.
+    static constexpr u32 WEIGHTS_APART = TILE_BYTES / 2, TOKENS_APART = 0;
+
+    static MOE_DEVICE void product(float (&d)[SUMS], u32 weights, u32 tokens, bool add) {
+        Product<T, TOKENS>::run(d, operand(weights), operand(tokens), add);
+    }
+
+    static MOE_DEVICE void add(float (&sum)[SUMS], const float (&part)[SUMS], const float *scales, const float *token_scales) {
+        const u32 column = thread_index() % 4 * 2;
+        const float first_scale = scales[0], other_scale = scales[1];
+        MOE_UNROLL for (u32 j = 0; j < TOKENS / 8; j++) {
+            MOE_UNROLL for (u32 i = 0; i < 2; i++) {
+                const float scale = token_scales[j * 8 + column + i];
+                sum[4 * j + i] = fmaf(part[4 * j + i], first_scale * scale, sum[4 * j + i]);
+                sum[4 * j + 2 + i] = fmaf(part[4 * j + 2 + i], other_scale * scale, sum[4 * j + 2 + i]);
+            }
+        }
+    }
+
+    static MOE_DEVICE void store(const GroupedGemmParams &p, const Work &w, const float (&d)[SUMS]) {
+        const u32 thread = thread_index() % 128, half = thread_index() / 128;
+        const u32 slab = w.n_tile * TILE_ROWS + half * (TILE_ROWS / 2) + thread / 32 * 16, row = thread % 32 / 4;
+        const Pair scales[1] = {row_scales<SCALES>(p, w, slab + row)};
+        MOE_UNROLL for (u32 j = 0; j < TOKENS / 8; j++) {
+            MOE_UNROLL for (u32 i = 0; i < 2; i++) {
+                const u32 token = j * 8 + thread % 4 * 2 + i;
+                Pair results[1] = {{d[4 * j + i], d[4 * j + 2 + i]}};
+                if (token < w.count) moe::sm90::store<SCALES>(p, w.first + token, slab, slab + row, results, scales);
+            }
+        }
+    }
+};
+
+// The same with tokens as rows: 64 of the tile's 128, by 128 weight rows. A thread has two tokens, so that their scales are few;
+// of the weights it has two of each eight, and gate and up in turn.
+template <class T, Scales SCALES> struct TokensByWeights {
+    static constexpr u32 SUMS = TILE_ROWS / 2;
+    static constexpr u32 WEIGHTS_APART = 0, TOKENS_APART = 64 * TILE_ROW_BYTES;
+
+    static MOE_DEVICE void product(float (&d)[SUMS], u32 weights, u32 tokens, bool add) {
+        Product<T, TILE_ROWS>::run(d, operand(tokens), operand(weights), add);
+    }
+
+    // The first of the two tokens; the other is eight further.
+    static MOE_DEVICE u32 first_token() { return thread_index() / 32 * 16 + thread_index() % 32 / 4; }
+
+    static MOE_DEVICE void add(float (&sum)[SUMS], const float (&part)[SUMS], const float *scales, const float *token_scales) {
+        const float token_scale[2] = {token_scales[first_token()], token_scales[first_token() + 8]};
+        float scale[2][2];
+        MOE_UNROLL for (u32 i = 0; i < 4; i++) scale[i / 2][i % 2] = scales[i % 2] * token_scale[i / 2];
+        MOE_UNROLL for (u32 i = 0; i < SUMS; i++) sum[i] = fmaf(part[i], scale[i / 2 % 2][i / 4 % 2], sum[i]);
+    }
+
+    static MOE_DEVICE void store(const GroupedGemmParams &p, const Work &w, const float (&d)[SUMS]) {
+        const u32 column = thread_index() % 4 * 2;
+        MOE_UNROLL for (u32 j = 0; j < TILE_ROWS / 16; j++) {
+            const u32 slab = w.n_tile * TILE_ROWS + j * 16, row = slab + column;
+            const Pair scales[2] = {row_scales<SCALES>(p, w, row), row_scales<SCALES>(p, w, row + 1)};
+            MOE_UNROLL for (u32 t = 0; t < 2; t++) {
+                const u32 token = first_token() + t * 8, at = 8 * j + 2 * t;
+                Pair results[2] = {{d[at], d[at + 4]}, {d[at + 1], d[at + 5]}};
+                if (token < w.count) moe::sm90::store<SCALES>(p, w.first + token, slab, row, results, scales);
+            }
+        }
+    }
+};
+
+template <class Sums, class T, Scales SCALES, u32 TOKENS, u32 STAGES>
+MOE_DEVICE void multiply(const GroupedGemmParams &p, Memory<TOKENS, STAGES> &m) {
     const u32 tiles = m.first_tile[p.experts], half = thread_index() / 128;
     u32 step = 0;
     for (u32 tile = block_index(); tile < tiles; tile += p.blocks) {
         const Work w = work<TOKENS>(tile, m.first_tile, m.offsets, p.n_tiles, p.experts);
-        float sum[TOKENS / 2];
-        MOE_UNROLL for (u32 i = 0; i < TOKENS / 2; i++) sum[i] = 0.0f;
+        float sum[Sums::SUMS];
+        MOE_UNROLL for (u32 i = 0; i < Sums::SUMS; i++) sum[i] = 0.0f;
         for (u32 k = 0; k < p.k_tiles; k++, step++) {
             const u32 at = step % STAGES, phase = step / STAGES & 1;
             m.full[at].wait(phase);
-            const u32 a = shared_address(m.stages[at].weights) + half * (TILE_BYTES / 2);
-            const u32 b = shared_address(m.stages[at].tokens);
+            const u32 weights = shared_address(m.stages[at].weights) + half * Sums::WEIGHTS_APART;
+            const u32 tokens = shared_address(m.stages[at].tokens) + half * Sums::TOKENS_APART;
             if constexpr (SCALES == Scales::NONE) {
                 begin_products();
-                MOE_UNROLL for (u32 i = 0; i < 4; i++) Product<T, TOKENS>::run(sum, operand(a + 32 * i), operand(b + 32 * i), true);
+                MOE_UNROLL for (u32 i = 0; i < 4; i++) Sums::product(sum, weights + 32 * i, tokens + 32 * i, true);
                 close_products();
                 // The step before this one is done, and its memory can be filled again.
                 wait_products<1>();
                 if (k > 0 && thread_index() % 128 == 0) m.empty[(step - 1) % STAGES].arrive();
             } else {
-                float part[TOKENS / 2];
+                float part[Sums::SUMS];
                 begin_products();
-                MOE_UNROLL for (u32 i = 0; i < 4; i++) Product<T, TOKENS>::run(part, operand(a + 32 * i), operand(b + 32 * i), i > 0);
+                MOE_UNROLL for (u32 i = 0; i < 4; i++) Sums::product(part, weights + 32 * i, tokens + 32 * i, i > 0);
                 close_products();
-                float first_scale = 1.0f, other_scale = 1.0f;
-                if (SCALES == Scales::BLOCK) {
-                    first_scale = m.weight_scales[at][0];
-                    other_scale = m.weight_scales[at][1];
-                }
-                const u32 column = thread_index() % 4 * 2;
-                float scale[TOKENS / 4];
-                if (SCALES == Scales::BLOCK) {
-                    MOE_UNROLL for (u32 j = 0; j < TOKENS / 4; j++) scale[j] = m.token_scales[at][j / 2 * 8 + column + j % 2];
-                }
                 wait_products<0>();
+                if constexpr (SCALES == Scales::BLOCK) {
+                    Sums::add(sum, part, m.weight_scales[at], m.token_scales[at]);
+                } else {
+                    MOE_UNROLL for (u32 i = 0; i < Sums::SUMS; i++) sum[i] += part[i];
+                }
                 __syncwarp();
                 if (thread_index() % 32 == 0) m.empty[at].arrive();
-                MOE_UNROLL for (u32 j = 0; j < TOKENS / 8; j++) {
-                    MOE_UNROLL for (u32 i = 0; i < 2; i++) {
-                        if (SCALES == Scales::BLOCK) {
-                            const float s = scale[2 * j + i];
-                            sum[4 * j + i] = fmaf(part[4 * j + i], first_scale * s, sum[4 * j + i]);
-                            sum[4 * j + 2 + i] = fmaf(part[4 * j + 2 + i], other_scale * s, sum[4 * j + 2 + i]);
-                        } else {
-                            sum[4 * j + i] += part[4 * j + i];
-                            sum[4 * j + 2 + i] += part[4 * j + 2 + i];
-                        }
-                    }
-                }
             }
         }
         if constexpr (SCALES == Scales::NONE) {
             wait_products<0>();
             if (thread_index() % 128 == 0) m.empty[(step - 1) % STAGES].arrive();
         }
-        store<T, SCALES, TOKENS>(p, w, sum);
+        Sums::store(p, w, sum);
     }
 }
 
-template <class T, Scales SCALES, u32 TOKENS, u32 STAGES> MOE_DEVICE void grouped_gemm(const GroupedGemmParams &p) {
+template <class T, Scales SCALES, u32 TOKENS, u32 STAGES>
+MOE_DEVICE void grouped_gemm(const GroupedGemmParams &p) {
     extern __shared__ __align__(1024) u8 raw[];
-    auto &m = *reinterpret_cast<Memory<T, SCALES, TOKENS, STAGES> *>(raw);
+    auto &m = *reinterpret_cast<Memory<TOKENS, STAGES> *>(raw);
     static_assert(sizeof(m) <= GROUPED_GEMM_SHARED_BYTES, "fewer stages");
     // Sums of so many tokens need the registers that fetching does not. The block starts with 168 of each thread.
     constexpr bool WIDE = TOKENS >= 128;
@@ -245,11 +312,15 @@ template <class T, Scales SCALES, u32 TOKENS, u32 STAGES> MOE_DEVICE void groupe
     }
     sync_block();
     if (thread / 128 == 2) {
-        if constexpr (WIDE) give_registers<64>();
-        fetch(p, m);
+        if constexpr (WIDE) give_registers<56>();
+        fetch<SCALES>(p, m);
     } else {
-        if constexpr (WIDE) take_registers<216>();
-        multiply(p, m);
+        if constexpr (WIDE) take_registers<224>();
+        if constexpr (WIDE) {
+            multiply<TokensByWeights<T, SCALES>, T, SCALES>(p, m);
+        } else {
+            multiply<WeightsByTokens<T, SCALES, TOKENS>, T, SCALES>(p, m);
+        }
     }
 }
 } // namespace moe::sm90

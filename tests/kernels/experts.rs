@@ -1,9 +1,10 @@
 //! Around the grouped GEMMs: sorting rows by expert, and the weighted sum, against the plain loops that they stand for.
 
-use moe_kernels::Arch;
+use half::bf16;
 use moe_kernels::host_simt::{Schedule, run};
 use moe_kernels::sorting::{MoeSorting, SortingBuffers};
 use moe_kernels::weighted_sum::{SumBuffers, WeightedSum};
+use moe_kernels::{Arch, Float};
 use rand::seq::index::sample;
 use rand::{Rng, SeedableRng};
 use rand_pcg::Pcg64;
@@ -75,7 +76,7 @@ fn sorting_is_that_of_a_loop(
 #[rstest]
 fn sums_are_in_the_order_of_slots(
     #[values(Arch::Sm90a, Arch::Gfx950)] arch: Arch,
-    #[values(4, 516, 2048)] hidden: usize,
+    #[values(8, 520, 2048)] hidden: usize,
 ) {
     let seed = rand::random();
     let mut random = Pcg64::seed_from_u64(seed);
@@ -87,12 +88,13 @@ fn sums_are_in_the_order_of_slots(
         .map(|slot| if slot / top_k == rows - 1 { -1 } else { random.random_range(-1..pairs as i32) })
         .collect();
     let mut out = vec![f32::NAN; rows * hidden];
-    let launch = WeightedSum { rows, top_k, hidden }.launch(SumBuffers {
-        products: products.as_ptr() as u64,
-        positions: positions.as_ptr() as u64,
-        weights: weights.as_ptr() as u64,
-        out: out.as_mut_ptr() as u64,
-    });
+    let launch =
+        WeightedSum { rows, top_k, hidden, products: Float::F32, out: Float::F32 }.launch(SumBuffers {
+            products: products.as_ptr() as u64,
+            positions: positions.as_ptr() as u64,
+            weights: weights.as_ptr() as u64,
+            out: out.as_mut_ptr() as u64,
+        });
     // SAFETY: the buffers are as large as the job says.
     unsafe { run(arch, &launch.unwrap(), Schedule::of(seed)) }.unwrap();
     for (index, &got) in out.iter().enumerate() {
@@ -104,5 +106,32 @@ fn sums_are_in_the_order_of_slots(
             }
         }
         assert_eq!(got.to_bits(), wanted.to_bits(), "row {row}, column {column}, seed {seed}");
+    }
+}
+
+#[test]
+fn sums_round_once_to_bf16() {
+    let mut random = Pcg64::seed_from_u64(rand::random());
+    let (rows, top_k, hidden) = (3, 2, 24);
+    let products: Vec<bf16> =
+        (0..rows * top_k * hidden).map(|_| bf16::from_f32(random.random_range(-9.0..9.0))).collect();
+    let positions: Vec<i32> = (0..(rows * top_k) as i32).rev().collect();
+    let weights: Vec<f32> = positions.iter().map(|_| random.random_range(0.0..1.0)).collect();
+    let mut out = vec![bf16::NAN; rows * hidden];
+    let job = WeightedSum { rows, top_k, hidden, products: Float::Bf16, out: Float::Bf16 };
+    let launch = job.launch(SumBuffers {
+        products: products.as_ptr() as u64,
+        positions: positions.as_ptr() as u64,
+        weights: weights.as_ptr() as u64,
+        out: out.as_mut_ptr() as u64,
+    });
+    // SAFETY: the buffers are as large as the job says.
+    unsafe { run(Arch::Gfx942, &launch.unwrap(), Schedule::of(1)) }.unwrap();
+    for (index, got) in out.iter().enumerate() {
+        let (row, column) = (index / hidden, index % hidden);
+        let term =
+            |slot: usize| products[positions[slot] as usize * hidden + column].to_f32() * weights[slot];
+        let wanted = bf16::from_f32((0.0 + term(row * top_k)) + term(row * top_k + 1));
+        assert_eq!(got.to_bits(), wanted.to_bits(), "row {row}, column {column}");
     }
 }

@@ -6,7 +6,7 @@
 use device_runtime::{DeviceError, Stream};
 
 use crate::grouped_gemm::{GemmBuffers, GemmScheme, GroupedGemm, GroupedGemmParams, TokenTile};
-use crate::launch::{BadLaunch, Launch};
+use crate::launch::{BadLaunch, Float, Launch};
 use crate::loaded::Kernels;
 use crate::quantize::{
     Quantize1x128, Quantize1x128Params, QuantizeBuffers, QuantizePerToken, QuantizePerTokenParams, ScaleOrder,
@@ -32,6 +32,10 @@ pub struct ExpertsShape {
     pub experts: usize,
     /// Experts over all ranks.
     pub num_experts: usize,
+    /// What an expert's output is between gemm2 and the sum. bf16 is rounded once more, and half the way to memory.
+    pub products: Float,
+    /// What the sum is written as.
+    pub out: Float,
     /// Multiprocessors of the device.
     pub compute_units: u32,
 }
@@ -66,7 +70,7 @@ pub struct ExpertsCall {
     pub map: u64,
     /// [`ExpertsShape::workspace_bytes`] for as many rows, aligned to 256.
     pub workspace: u64,
-    /// `[rows, hidden]` f32, written.
+    /// `[rows, hidden]` as [`ExpertsShape::out`], written.
     pub out: u64,
     /// Tokens of a tile; the results are the same bits for all.
     pub tile: TokenTile,
@@ -128,7 +132,7 @@ impl ExpertsShape {
             activated: piece(pairs * self.intermediate * 2),
             codes: piece(codes),
             scales: piece(scales),
-            products: piece(pairs * self.hidden * 4),
+            products: piece(pairs * self.hidden * self.products.bytes()),
             total: end,
         }
     }
@@ -143,7 +147,8 @@ impl ExpertsShape {
     /// # Errors
     /// [`BadLaunch`] for sizes that the kernels cannot do.
     pub fn launches(&self, weights: ExpertsWeights, call: ExpertsCall) -> Result<ExpertsLaunches, BadLaunch> {
-        let Self { scheme, hidden, intermediate, top_k, experts, num_experts, compute_units } = *self;
+        let Self { scheme, hidden, intermediate, top_k, experts, num_experts, products, out, compute_units } =
+            *self;
         let (rows, pairs, pieces) = (call.rows, self.pairs(call.rows), self.pieces(call.rows));
         let at = |offset: usize| call.workspace + offset as u64;
         let gemm = |n, k, has_activation| GroupedGemm {
@@ -152,6 +157,7 @@ impl ExpertsShape {
             n,
             k,
             has_activation,
+            products,
             tile: call.tile,
             compute_units,
         };
@@ -206,7 +212,7 @@ impl ExpertsShape {
             offsets: at(pieces.offsets),
             out: at(pieces.products),
         })?;
-        let sum = WeightedSum { rows, top_k, hidden }.launch(SumBuffers {
+        let sum = WeightedSum { rows, top_k, hidden, products, out }.launch(SumBuffers {
             products: at(pieces.products),
             positions: at(pieces.positions),
             weights: call.weights,

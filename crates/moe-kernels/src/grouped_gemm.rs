@@ -1,6 +1,6 @@
 //! Stage 3: a product for every expert, on Hopper.
 
-use crate::launch::{BadLaunch, KernelParams, Launch};
+use crate::launch::{BadLaunch, Float, KernelParams, Launch};
 use crate::pack::{TILE_ROW_BYTES, TILE_ROWS};
 
 const THREADS: u32 = 384;
@@ -113,8 +113,10 @@ pub struct GroupedGemm {
     pub n: usize,
     /// Columns; their bytes are a multiple of 128.
     pub k: usize,
-    /// SiLU(gate) · up in bf16 is written instead of the products in f32.
+    /// SiLU(gate) · up in bf16 is written instead of the products.
     pub has_activation: bool,
+    /// What products are written as.
+    pub products: Float,
     /// Tokens of a tile.
     pub tile: TokenTile,
     /// Multiprocessors of the device: as many blocks stay on it.
@@ -136,7 +138,7 @@ pub struct GemmBuffers {
     pub pair_rows: u64,
     /// `[experts + 1]` u32: where the pairs of each expert begin.
     pub offsets: u64,
-    /// Written: `[pairs, n / 2]` bf16 behind the activation, else `[pairs, n]` f32.
+    /// Written: `[pairs, n / 2]` bf16 behind the activation, else `[pairs, n]` as [`GroupedGemm::products`] says.
     pub out: u64,
 }
 
@@ -156,7 +158,7 @@ pub struct GroupedGemmParams {
     k_tiles: u32,
     blocks: u32,
     has_activation: u32,
-    unused: u32,
+    out_is_bf16: u32,
 }
 
 const _: () = assert!(size_of::<GroupedGemmParams>() == 80);
@@ -201,7 +203,7 @@ impl GroupedGemm {
                 k_tiles: narrow("bytes of k", k_bytes / TILE_ROW_BYTES)?,
                 blocks: self.compute_units,
                 has_activation: u32::from(self.has_activation),
-                unused: 0,
+                out_is_bf16: self.products.is_bf16(),
             },
         })
     }
@@ -233,6 +235,7 @@ mod tests {
             n: 4096,
             k: 7168,
             has_activation: true,
+            products: Float::F32,
             tile: TokenTile::T8,
             compute_units: 132,
         };

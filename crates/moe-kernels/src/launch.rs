@@ -30,6 +30,33 @@ pub struct Launch<P> {
     pub params: P,
 }
 
+/// What a kernel writes numbers as, or reads them as. It sums in f32 either way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Float {
+    /// 4 bytes.
+    F32,
+    /// 2 bytes, rounded to nearest, ties to even.
+    Bf16,
+}
+
+impl Float {
+    /// Bytes of a number.
+    pub const fn bytes(self) -> usize {
+        match self {
+            Float::F32 => 4,
+            Float::Bf16 => 2,
+        }
+    }
+
+    /// As kernels are told.
+    pub(crate) const fn is_bf16(self) -> u32 {
+        match self {
+            Float::F32 => 0,
+            Float::Bf16 => 1,
+        }
+    }
+}
+
 /// Sizes that a kernel cannot do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

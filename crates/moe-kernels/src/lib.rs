@@ -22,6 +22,6 @@ pub mod sorting;
 pub mod weighted_sum;
 
 pub use arch::Arch;
-pub use launch::{BadLaunch, KernelParams, Launch};
+pub use launch::{BadLaunch, Float, KernelParams, Launch};
 pub use loaded::{Kernels, LoadError};
 pub use registry::{NoObject, object, objects};

@@ -1,14 +1,14 @@
 //! `fmoe bench experts --device`: stage 3 on a GPU, from sorting to the weighted sum, by medians of graph replays. Weights are
-//! larger than the caches; tokens arrive quantised, as after a dispatch.
+//! larger than the caches; tokens arrive quantised, as after a dispatch, and outputs are bf16.
 
 #![expect(unsafe_code, reason = "kernels are launched on addresses")]
 
 use std::time::Duration;
 
 use fused_moe::device::{DeviceBuffer, DeviceResult, Runtime, Stream};
-use fused_moe::kernels::Kernels;
 use fused_moe::kernels::experts::{ExpertsCall, ExpertsShape, ExpertsWeights};
 use fused_moe::kernels::grouped_gemm::{GemmScheme, TokenTile};
+use fused_moe::kernels::{Float, Kernels};
 use fused_moe::{Device, DeviceKind};
 use half::bf16;
 use rand::seq::index;
@@ -83,6 +83,8 @@ pub fn run(args: &BenchExpertsArgs, shape: &Shape, tokens: &[usize]) -> Result<(
             top_k,
             experts: shape.experts,
             num_experts: shape.experts * ranks,
+            products: Float::Bf16,
+            out: Float::Bf16,
             compute_units: info.compute_units,
         };
         let bench = Bench { runtime: &runtime, kernels: &kernels, stream: &stream, shape, name };
@@ -221,7 +223,7 @@ impl Bench<'_> {
         let token_scales = floats(received * hidden.div_ceil(128), 0.01).or_failed()?;
         let router_weights = floats(received * top_k, 0.125).or_failed()?;
         let workspace = self.runtime.alloc(self.shape.workspace_bytes(received)).or_failed()?;
-        let out = self.runtime.alloc(received * hidden * 4).or_failed()?;
+        let out = self.runtime.alloc(received * hidden * self.shape.out.bytes()).or_failed()?;
         let chosen = TokenTile::for_pairs(pairs, experts);
         let near = |tile: &&TokenTile| (**tile as i32 - chosen as i32).abs() <= 1;
         let mut rows = Vec::new();
