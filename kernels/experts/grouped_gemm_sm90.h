@@ -241,6 +241,12 @@ template <class T, Scales SCALES> struct TokensByWeights {
     }
 };
 
+// A warp has read a stage.
+MOE_DEVICE void release(Barrier &empty) {
+    __syncwarp();
+    if (lane() == 0) empty.arrive();
+}
+
 template <class Sums, class T, Scales SCALES, u32 TOKENS, u32 STAGES>
 MOE_DEVICE void multiply(const GroupedGemmParams &p, Memory<TOKENS, STAGES> &m) {
     const u32 tiles = m.first_tile[p.experts], half = thread_index() / 128;
@@ -260,7 +266,7 @@ MOE_DEVICE void multiply(const GroupedGemmParams &p, Memory<TOKENS, STAGES> &m) 
                 close_products();
                 // The step before this one is done, and its memory can be filled again.
                 wait_products<1>();
-                if (k > 0 && thread_index() % 128 == 0) m.empty[(step - 1) % STAGES].arrive();
+                if (k > 0) release(m.empty[(step - 1) % STAGES]);
             } else {
                 float part[Sums::SUMS];
                 begin_products();
@@ -272,13 +278,12 @@ MOE_DEVICE void multiply(const GroupedGemmParams &p, Memory<TOKENS, STAGES> &m) 
                 } else {
                     MOE_UNROLL for (u32 i = 0; i < Sums::SUMS; i++) sum[i] += part[i];
                 }
-                __syncwarp();
-                if (thread_index() % 32 == 0) m.empty[at].arrive();
+                release(m.empty[at]);
             }
         }
         if constexpr (SCALES == Scales::NONE) {
             wait_products<0>();
-            if (thread_index() % 128 == 0) m.empty[(step - 1) % STAGES].arrive();
+            release(m.empty[(step - 1) % STAGES]);
         }
         Sums::store(p, w, sum);
     }
@@ -296,8 +301,8 @@ MOE_DEVICE void grouped_gemm(const GroupedGemmParams &p) {
     if (thread == 0) {
         for (u32 i = 0; i < STAGES; i++) {
             m.full[i].init(1 + 128);
-            // A thread of each warpgroup that multiplies, or of each of its warps.
-            m.empty[i].init(SCALES == Scales::NONE ? 2 : 8);
+            // A lane of each warp that multiplies.
+            m.empty[i].init(2 * 128 / WARP);
         }
         fence_barriers();
     }

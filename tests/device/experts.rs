@@ -20,10 +20,11 @@ pub const TESTS: [(&str, OnGpu); 5] = [
     ("experts_are_not_right_with_wrong_scales", wrong_scales),
 ];
 
-/// Relative L2 error that a right layer stays below. FP8: an activation near the middle of two codes may go to either, which
-/// is an eighth of it at most and happens to few, and tensor cores sum 128 products in less than f32.
+/// Relative L2 error that a right layer stays below. FP8: tensor cores sum 128 products in less than f32, so an activation
+/// near the middle of two codes may go to either, which is an eighth of it at most and happens to some; a call of one row has
+/// few over which that evens out. A wrong scale or row is an error of the size of the output.
 const TOLERANCE_BF16: f64 = 2e-3;
-const TOLERANCE_FP8: f64 = 1.5e-2;
+const TOLERANCE_FP8: f64 = 4e-2;
 
 const NUM_EXPERTS: usize = 12;
 /// Local experts of the global ones; others are elsewhere. One of those here gets no token.
