@@ -2,7 +2,7 @@
 //!
 //! A [`Runtime`] is one device. Drivers are found when it is opened: nothing is linked, and a machine without one gets
 //! [`Unavailable`] with what was tried. An engine that has a stream or buffers of its own lends them as raw handles
-//! ([`Stream::lent`], addresses in a kernel's params); nothing is copied, and no call but [`Stream::wait`], the copies to the
+//! ([`Runtime::lend_stream`], addresses in a kernel's params); nothing is copied, and no call but [`Stream::wait`], the copies to the
 //! host and [`Event::elapsed`] waits for the device.
 //!
 //! ```no_run

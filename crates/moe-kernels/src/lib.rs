@@ -4,7 +4,7 @@
 //! the kernel and says on how many blocks and threads it runs; [`Kernels`] puts it on a stream of a device.
 //!
 //! Objects are embedded if `cargo xtask kernels build` has made them before this crate is built; otherwise [`object`]
-//! says how to. With feature `host-simt` the same sources run on the CPU ([`host_simt`]), slowly, as the tests want it.
+//! says how to. With feature `host-simt` the same sources run on the CPU (module `host_simt`), slowly, as the tests want it.
 
 mod arch;
 pub mod experts;
