@@ -1,6 +1,5 @@
 //! Stage 3 on the device against sums in f64, which quantise where the layer does.
 
-use half::bf16;
 use libtest_mimic::Failed;
 use moe_kernels::Float;
 use moe_kernels::experts::{ExpertsCall, ExpertsShape, ExpertsWeights};
@@ -192,9 +191,4 @@ fn run(
         outputs.push(bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect());
     }
     Ok(outputs)
-}
-
-/// As a model would store it.
-pub fn rounded(x: f64) -> f64 {
-    f64::from(bf16::from_f32(x as f32).to_f32())
 }

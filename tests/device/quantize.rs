@@ -2,10 +2,10 @@
 
 use std::num::NonZeroUsize;
 
-use fused_moe_core::Granularity;
+use fused_moe_core::{Granularity, ScaleOrder};
 use half::bf16;
 use libtest_mimic::Failed;
-use moe_kernels::quantize::{Quantize1x128, QuantizeBuffers, ScaleOrder};
+use moe_kernels::quantize::{Quantize1x128, QuantizeBuffers};
 use quant::RowQuantizer;
 use rand::{Rng, SeedableRng};
 use rand_pcg::Pcg64;
@@ -55,7 +55,7 @@ fn compare(gpu: &Gpu, job: &Quantize1x128, seed: u64) -> Result<(), Failed> {
     let mut device_input = gpu.runtime.alloc(bytes.len())?;
     device_input.write(&bytes)?;
     let mut codes = gpu.runtime.alloc(job.code_bytes())?;
-    let mut scales = gpu.runtime.alloc(job.scale_len() * 4)?;
+    let mut scales = gpu.runtime.alloc(job.scale_len()? * 4)?;
     let launch = job.launch(QuantizeBuffers {
         input: device_input.address(),
         codes: codes.address(),
@@ -93,7 +93,7 @@ fn on_host(job: &Quantize1x128, input: &[bf16]) -> Result<(Vec<u8>, Vec<u8>), Fa
     let granularity = Granularity::Group(NonZeroUsize::new(128).ok_or("zero")?);
     let quantizer = RowQuantizer::new(job.format);
     let mut codes = vec![POISON; job.code_bytes()];
-    let mut scales = vec![POISON; job.scale_len() * 4];
+    let mut scales = vec![POISON; job.scale_len()? * 4];
     for row in 0..job.rows {
         let mut row_scales = vec![0.0; groups];
         let values = &input[row * job.input_stride..][..job.hidden];
@@ -103,6 +103,7 @@ fn on_host(job: &Quantize1x128, input: &[bf16]) -> Result<(Vec<u8>, Vec<u8>), Fa
             let at = match job.scales {
                 ScaleOrder::RowMajor => row * groups + group,
                 ScaleOrder::Transposed { stride } => group * stride + row,
+                order => return Err(format!("no kernel writes {order:?}").into()),
             };
             scales[at * 4..][..4].copy_from_slice(&scale.to_le_bytes());
         }

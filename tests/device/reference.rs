@@ -12,8 +12,6 @@ use quant::{RowQuantizer, decode};
 use rand::Rng;
 use rand_pcg::Pcg64;
 
-use crate::experts::rounded;
-
 const FORMAT: Fp8Format = Fp8Format::E4M3Fn;
 const BLOCK: usize = 128;
 
@@ -208,8 +206,9 @@ impl Layer {
                 let local = usize::try_from(ids[slot]).ok().and_then(|id| usize::try_from(map[id]).ok());
                 let Some([gate, up, down]) = local.map(|local| &self.experts[local]) else { continue };
                 let (gate, up) = (gate.times(scheme, &x), up.times(scheme, &x));
-                let activated = gate.iter().zip(&up).map(|(g, u)| rounded(g / (1.0 + (-g).exp()) * u));
-                let activated: Vec<bf16> = activated.map(|a| bf16::from_f32(a as f32)).collect();
+                let activated =
+                    gate.iter().zip(&up).map(|(g, u)| bf16::from_f32((g / (1.0 + (-g).exp()) * u) as f32));
+                let activated: Vec<bf16> = activated.collect();
                 let (codes, scales) = quantized(scheme, &activated);
                 let product = down.times(scheme, &dequantized(scheme, &codes, &scales));
                 for (out, product) in out[row * hidden..][..hidden].iter_mut().zip(product) {

@@ -2,17 +2,19 @@
 
 use std::num::NonZeroUsize;
 
-use fused_moe_core::{Fp8Format, Granularity};
+use fused_moe_core::{Fp8Format, Granularity, ScaleOrder};
 use half::bf16;
-use moe_kernels::Arch;
 use moe_kernels::host_simt::{Schedule, run};
-use moe_kernels::quantize::{Quantize1x128, QuantizeBuffers, QuantizePerToken, ScaleOrder};
+use moe_kernels::quantize::{Quantize1x128, QuantizeBuffers, QuantizePerToken};
+use moe_kernels::{Arch, BadLaunch, KernelParams, Launch};
 use quant::RowQuantizer;
 use rand::{Rng, SeedableRng};
 use rand_pcg::Pcg64;
 use rstest::rstest;
 
 const POISON: f32 = f32::from_bits(0x7fc0_dead);
+/// A code that no number here has: that of negative NaN.
+const UNWRITTEN: u8 = 0xff;
 
 /// Activations of all magnitudes, with groups that are zero and numbers that are none.
 fn input(random: &mut Pcg64, len: usize) -> Vec<bf16> {
@@ -29,6 +31,27 @@ fn input(random: &mut Pcg64, len: usize) -> Vec<bf16> {
         }
     };
     (0..len).map(value).collect()
+}
+
+/// Codes and scales that a kernel writes over poison, as `arch` runs it. If `count` is given, the kernel is told that there are so
+/// many rows.
+fn quantized<P: KernelParams>(
+    arch: Arch,
+    seed: u64,
+    (input, codes, scales): (&[bf16], usize, usize),
+    count: Option<u32>,
+    launch: impl Fn(QuantizeBuffers) -> Result<Launch<P>, BadLaunch>,
+) -> (Vec<u8>, Vec<f32>) {
+    let (mut codes, mut scales) = (vec![UNWRITTEN; codes], vec![POISON; scales]);
+    let launch = launch(QuantizeBuffers {
+        input: input.as_ptr() as u64,
+        codes: codes.as_mut_ptr() as u64,
+        scales: scales.as_mut_ptr() as u64,
+        count: count.as_ref().map_or(0, |count| std::ptr::from_ref(count) as u64),
+    });
+    // SAFETY: the buffers are as large as the callers' jobs say.
+    unsafe { run(arch, &launch.unwrap(), Schedule::of(seed)) }.unwrap();
+    (codes, scales)
 }
 
 #[rstest]
@@ -48,16 +71,9 @@ fn gives_the_bits_of_the_host(
     let (rows, input_stride) = (9, hidden + 16);
     let input = input(&mut random, rows * input_stride);
     let job = Quantize1x128 { rows, hidden, input_stride, scales: order, format };
-    let mut codes = vec![0xaa; job.code_bytes()];
-    let mut scales = vec![POISON; job.scale_len()];
-    let buffers = QuantizeBuffers {
-        input: input.as_ptr() as u64,
-        codes: codes.as_mut_ptr() as u64,
-        scales: scales.as_mut_ptr() as u64,
-        count: 0,
-    };
-    // SAFETY: the buffers are as large as the job says.
-    unsafe { run(arch, &job.launch(buffers).unwrap(), Schedule::of(seed)) }.unwrap();
+    let sizes = (job.code_bytes(), job.scale_len().unwrap());
+    let buffers = (&input[..], sizes.0, sizes.1);
+    let (codes, scales) = quantized(arch, seed, buffers, None, |buffers| job.launch(buffers));
 
     let groups = hidden.div_ceil(128);
     let mut wanted = vec![POISON; scales.len()];
@@ -73,6 +89,7 @@ fn gives_the_bits_of_the_host(
             let at = match order {
                 ScaleOrder::RowMajor => row * groups + group,
                 ScaleOrder::Transposed { stride } => group * stride + row,
+                order => panic!("no kernel writes {order:?}"),
             };
             wanted[at] = scale;
         }
@@ -96,15 +113,8 @@ fn rows_give_the_bits_of_the_host(
     let (rows, input_stride) = (5, hidden + 8);
     let input = input(&mut random, rows * input_stride);
     let job = QuantizePerToken { rows, hidden, input_stride, format };
-    let (mut codes, mut scales) = (vec![0xaa; rows * hidden], vec![POISON; rows]);
-    let buffers = QuantizeBuffers {
-        input: input.as_ptr() as u64,
-        codes: codes.as_mut_ptr() as u64,
-        scales: scales.as_mut_ptr() as u64,
-        count: 0,
-    };
-    // SAFETY: the buffers are as large as the job says.
-    unsafe { run(arch, &job.launch(buffers).unwrap(), Schedule::of(seed)) }.unwrap();
+    let (codes, scales) =
+        quantized(arch, seed, (&input, rows * hidden, rows), None, |buffers| job.launch(buffers));
     for row in 0..rows {
         let mut wanted = vec![0; hidden];
         let values = &input[row * input_stride..][..hidden];
@@ -112,6 +122,29 @@ fn rows_give_the_bits_of_the_host(
         assert_eq!(&codes[row * hidden..][..hidden], wanted, "codes of row {row}, seed {seed}");
         assert_eq!(scales[row].to_bits(), scale.to_bits(), "scale of row {row}, seed {seed}");
     }
+}
+
+/// A call for the worst case leaves alone what is beyond the rows that there are.
+#[rstest]
+fn rows_are_counted_on_the_device(#[values(0, 1, 4, 9, 1000)] count: u32) {
+    let (rows, hidden, format) = (9, 256, Fp8Format::E4M3Fn);
+    let input = input(&mut Pcg64::seed_from_u64(1), rows * hidden);
+    let there = rows.min(count as usize);
+    let groups = Quantize1x128 { rows, hidden, input_stride: hidden, scales: ScaleOrder::RowMajor, format };
+    let all = (&input[..], rows * hidden, rows * 2);
+    let (codes, scales) = quantized(Arch::Sm90a, 1, all, Some(count), |buffers| groups.launch(buffers));
+    let (whole, whole_scales) = quantized(Arch::Sm90a, 1, all, None, |buffers| groups.launch(buffers));
+    assert_eq!(codes[..there * hidden], whole[..there * hidden]);
+    assert_eq!(scales[..there * 2], whole_scales[..there * 2]);
+    assert!(codes[there * hidden..].iter().all(|&code| code == UNWRITTEN));
+    assert!(scales[there * 2..].iter().all(|scale| scale.to_bits() == POISON.to_bits()));
+
+    let tokens = QuantizePerToken { rows, hidden, input_stride: hidden, format };
+    let all = (&input[..], rows * hidden, rows);
+    let (codes, scales) = quantized(Arch::Gfx950, 1, all, Some(count), |buffers| tokens.launch(buffers));
+    assert!(scales[..there].iter().all(|scale| scale.is_finite()));
+    assert!(codes[there * hidden..].iter().all(|&code| code == UNWRITTEN));
+    assert!(scales[there..].iter().all(|scale| scale.to_bits() == POISON.to_bits()));
 }
 
 #[test]
@@ -130,6 +163,8 @@ fn refuses_what_a_lane_cannot_read() {
     let stride = Quantize1x128 { hidden: 7168, input_stride: 7169, ..job };
     assert_eq!(refused(stride), "input stride 7169 is not a multiple of 8 (quantize_1x128)");
     let rows = Quantize1x128 { hidden: 128, rows: 1 << 40, ..job };
+    let swizzled = Quantize1x128 { hidden: 128, input_stride: 128, scales: ScaleOrder::Swizzled128x4, ..job };
+    assert!(refused(swizzled).starts_with("scales in the order Swizzled128x4"));
     let refusal = refused(rows);
     assert!(refusal.starts_with("groups of all rows 1099511627776 is more than"), "{refusal}");
 }

@@ -29,8 +29,8 @@ struct KindReport {
     devices: Vec<DeviceReport>,
     /// Pairs of backends that would run a layer on it, at EP 1.
     usable: Vec<String>,
-    /// Backends that would not, by the reasons.
-    refused: BTreeMap<String, Vec<&'static str>>,
+    /// Pairs that would not, by their reasons.
+    refused: BTreeMap<String, Vec<String>>,
 }
 
 #[derive(Serialize)]
@@ -65,14 +65,10 @@ fn look_at(kind: DeviceKind) -> Result<KindReport, Failure> {
     let config = MoeConfig { device: kind, ..matrix::config(1)? };
     let survey = registry.survey(&config, Selection::default()).or_failed()?;
     let usable = survey.fitting.iter().map(|plan| format!("{} x {}", plan.comm(), plan.experts())).collect();
-    // Both halves of a pair give their reasons; a backend is named where it is at fault.
-    let mut refused: BTreeMap<String, Vec<&'static str>> = BTreeMap::new();
-    for pair in survey.refused {
-        for reason in pair.reasons {
-            let backends = refused.entry(reason.to_string()).or_default();
-            if !backends.contains(&pair.experts) {
-                backends.push(pair.experts);
-            }
+    let mut refused: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for pair in &survey.refused {
+        for reason in &pair.reasons {
+            refused.entry(reason.to_string()).or_default().push(format!("{} x {}", pair.comm, pair.experts));
         }
     }
     Ok(KindReport { kind: name(kind), unavailable, devices, usable, refused })
@@ -148,7 +144,7 @@ fn text(report: &Report) -> String {
         let usable = if kind.usable.is_empty() { "none".to_owned() } else { kind.usable.join(", ") };
         lines.push(format!("  backends on {}: {usable}", kind.kind));
         if kind.usable.is_empty() {
-            lines.extend(kind.refused.iter().map(|(why, who)| format!("    {why}: {}", who.join(", "))));
+            lines.extend(kind.refused.iter().map(|(why, who)| format!("    {} pairs: {why}", who.len())));
         }
     }
     lines.join("\n")

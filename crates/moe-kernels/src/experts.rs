@@ -4,12 +4,13 @@
 //! Counts are read on the device, so a call is captured once and replayed with other inputs.
 
 use device_runtime::{DeviceError, Stream};
+use fused_moe_core::ScaleOrder;
 
 use crate::grouped_gemm::{GemmBuffers, GemmScheme, GroupedGemm, GroupedGemmParams, TokenTile};
 use crate::launch::{BadLaunch, Float, Launch};
 use crate::loaded::Kernels;
 use crate::quantize::{
-    Quantize1x128, Quantize1x128Params, QuantizeBuffers, QuantizePerToken, QuantizePerTokenParams, ScaleOrder,
+    Quantize1x128, Quantize1x128Params, QuantizeBuffers, QuantizePerToken, QuantizePerTokenParams,
 };
 use crate::sorting::{MoeSorting, MoeSortingParams, SortingBuffers};
 use crate::weighted_sum::{SumBuffers, WeightedSum, WeightedSumParams};

@@ -173,7 +173,7 @@ impl GroupedGemm {
     /// # Errors
     /// [`BadLaunch`] for sizes that do not fill tiles, and for more than 256 experts.
     pub fn launch(&self, buffers: GemmBuffers) -> Result<Launch<GroupedGemmParams>, BadLaunch> {
-        let (object, kernels) = self.scheme.kernels();
+        let (_, kernels) = self.scheme.kernels();
         let kernel = kernels[self.tile as usize];
         let narrow = |what, size| BadLaunch::narrow(kernel, what, size);
         let n = BadLaunch::multiple(kernel, "weight rows", self.n, TILE_ROWS)?;
@@ -185,7 +185,6 @@ impl GroupedGemm {
         }
         let GemmBuffers { weights, weight_scales, tokens, token_scales, pair_rows, offsets, out } = buffers;
         Ok(Launch {
-            object,
             kernel,
             grid: self.compute_units,
             block: THREADS,

@@ -1,5 +1,7 @@
 //! What is launched, and on how many threads.
 
+use fused_moe_core::ScaleOrder;
+
 /// The argument of a kernel, as the device reads it.
 ///
 /// # Safety
@@ -16,8 +18,6 @@ pub unsafe trait KernelParams: Copy + 'static {
 /// A call of a kernel, but for its stream.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Launch<P> {
-    /// The code object that has it.
-    pub object: &'static str,
     /// The kernel.
     pub kernel: &'static str,
     /// Blocks.
@@ -72,6 +72,14 @@ pub enum BadLaunch {
         size: usize,
         /// What it should be a multiple of.
         of: usize,
+    },
+    /// Scales in an order that the kernel does not write.
+    #[error("scales in the order {order:?} ({kernel} writes RowMajor and Transposed)")]
+    ScaleOrder {
+        /// The kernel.
+        kernel: &'static str,
+        /// The order.
+        order: ScaleOrder,
     },
     /// A size is beyond what the kernel counts in.
     #[error("{what} {size} is more than {limit} ({kernel})")]

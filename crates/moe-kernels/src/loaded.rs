@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use device_runtime::{DeviceError, Dims, Kernel, Runtime, Stream};
+use fused_moe_core::Device;
 
 use crate::arch::Arch;
 use crate::grouped_gemm::{GemmScheme, SHARED_BYTES};
@@ -40,6 +41,7 @@ pub enum LoadError {
 /// All kernels, loaded on one device. Launching one allocates nothing and waits for nothing.
 #[derive(Debug)]
 pub struct Kernels {
+    device: Device,
     arch: Arch,
     loaded: BTreeMap<&'static str, Kernel>,
 }
@@ -74,7 +76,7 @@ impl Kernels {
                 }
             }
         }
-        Ok(Self { arch, loaded })
+        Ok(Self { device: runtime.device(), arch, loaded })
     }
 
     /// What they are compiled for.
@@ -85,10 +87,7 @@ impl Kernels {
     /// Puts a run on `stream`.
     ///
     /// # Errors
-    /// Of the driver.
-    ///
-    /// # Panics
-    /// If the launch is of a kernel that no module of this crate makes launches of.
+    /// Of the driver, or that this device has no such kernel: the grouped GEMMs are for Hopper so far.
     ///
     /// # Safety
     /// The memory that the params name is this device's, as large as the kernel takes it for, stays there until it has run, and
@@ -98,9 +97,15 @@ impl Kernels {
         launch: &Launch<P>,
         stream: &Stream,
     ) -> Result<(), DeviceError> {
-        let Launch { kernel, grid, block, shared_bytes, ref params, .. } = *launch;
+        let Launch { kernel, grid, block, shared_bytes, ref params } = *launch;
+        let found = self.loaded.get(kernel).ok_or_else(|| DeviceError {
+            device: self.device,
+            call: "launch",
+            code: -1,
+            text: format!("no kernel {kernel} for {}", self.arch),
+        })?;
         let dims = Dims { grid, block, shared_bytes };
         // SAFETY: `KernelParams` is the struct that the kernel reads; the caller vouches for the memory.
-        unsafe { self.loaded[kernel].launch(dims, stream, params.as_bytes()) }
+        unsafe { found.launch(dims, stream, params.as_bytes()) }
     }
 }

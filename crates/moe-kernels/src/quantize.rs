@@ -1,6 +1,6 @@
 //! Stage 2: activations to FP8.
 
-use fused_moe_core::Fp8Format;
+use fused_moe_core::{Fp8Format, ScaleOrder};
 
 use crate::launch::{BadLaunch, KernelParams, Launch};
 
@@ -15,18 +15,6 @@ const THREADS: u32 = 256;
 const MAX_BLOCKS: u32 = 1 << 15;
 const GROUPS_PER_BLOCK: u32 = THREADS / (GROUP / LANE) as u32;
 
-/// In which order scales lie, as f32.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ScaleOrder {
-    /// `[rows, groups]`.
-    RowMajor,
-    /// `[groups, stride]`, of which the first `rows` columns are used.
-    Transposed {
-        /// From one group of a row to the next.
-        stride: usize,
-    },
-}
-
 /// Rows to quantise: bf16 to FP8 with one f32 scale per 128 columns.
 ///
 /// `scale = max(amax, 1e-10) · (1/max)` and `code = rne(clamp(x · (1/scale), ±max))`, bit for bit as the crate `quant` does it.
@@ -38,7 +26,7 @@ pub struct Quantize1x128 {
     pub hidden: usize,
     /// From one row of the input to the next, in elements, a multiple of 8.
     pub input_stride: usize,
-    /// The order of the scales.
+    /// The order of the scales, `[rows, groups]` or transposed.
     pub scales: ScaleOrder,
     /// The codes; must be those of the device.
     pub format: Fp8Format,
@@ -105,7 +93,6 @@ impl QuantizePerToken {
         let rows = narrow("rows", self.rows)?;
         let blocks = rows.min(MAX_BLOCKS);
         Ok(Launch {
-            object: PER_TOKEN,
             kernel: PER_TOKEN,
             grid: blocks,
             block: THREADS,
@@ -158,18 +145,28 @@ impl Quantize1x128 {
         self.rows * self.hidden
     }
 
-    /// Scales that are written or skipped over.
-    pub fn scale_len(&self) -> usize {
+    /// From one row to the next, and from one group to the next, in scales.
+    fn scale_strides(&self) -> Result<(usize, usize), BadLaunch> {
         match self.scales {
-            ScaleOrder::RowMajor => self.rows * self.hidden.div_ceil(GROUP),
-            ScaleOrder::Transposed { stride } => self.hidden.div_ceil(GROUP) * stride,
+            ScaleOrder::RowMajor => Ok((self.hidden.div_ceil(GROUP), 1)),
+            ScaleOrder::Transposed { stride } => Ok((1, stride)),
+            order => Err(BadLaunch::ScaleOrder { kernel: NAME, order }),
         }
+    }
+
+    /// Scales that are written or skipped over.
+    ///
+    /// # Errors
+    /// [`BadLaunch::ScaleOrder`].
+    pub fn scale_len(&self) -> Result<usize, BadLaunch> {
+        let (row_stride, group_stride) = self.scale_strides()?;
+        Ok((self.rows * row_stride).max(self.hidden.div_ceil(GROUP) * group_stride))
     }
 
     /// The call. A grid of 0 blocks means that there is nothing to do.
     ///
     /// # Errors
-    /// [`BadLaunch`] for sizes that are no multiples of 8 or are too large.
+    /// [`BadLaunch`] for sizes that are no multiples of 8 or are too large, and for swizzled scales.
     pub fn launch(&self, buffers: QuantizeBuffers) -> Result<Launch<Quantize1x128Params>, BadLaunch> {
         let narrow = |what, size| BadLaunch::narrow(NAME, what, size);
         BadLaunch::multiple(NAME, "hidden", self.hidden, LANE)?;
@@ -182,14 +179,10 @@ impl Quantize1x128 {
             let what = "groups of all rows";
             return Err(BadLaunch::TooLarge { kernel: NAME, what, size: all_groups, limit });
         }
-        let (scale_row_stride, scale_group_stride) = match self.scales {
-            ScaleOrder::RowMajor => (groups, 1),
-            ScaleOrder::Transposed { stride } => (1, stride),
-        };
+        let (scale_row_stride, scale_group_stride) = self.scale_strides()?;
         let max = self.format.max();
         let blocks = narrow("groups of all rows", all_groups)?.div_ceil(GROUPS_PER_BLOCK).min(MAX_BLOCKS);
         Ok(Launch {
-            object: NAME,
             kernel: NAME,
             grid: blocks,
             block: THREADS,

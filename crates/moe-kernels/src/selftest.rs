@@ -22,5 +22,5 @@ unsafe impl KernelParams for SelftestParams {}
 
 /// The call of `kernel` on `blocks` blocks.
 pub fn launch(kernel: &'static str, blocks: u32, params: SelftestParams) -> Launch<SelftestParams> {
-    Launch { object: "selftest", kernel, grid: blocks, block: THREADS, shared_bytes: 0, params }
+    Launch { kernel, grid: blocks, block: THREADS, shared_bytes: 0, params }
 }

@@ -64,7 +64,6 @@ impl MoeSorting {
         let SortingBuffers { ids, map, offsets, pair_rows, positions } = buffers;
         let experts = narrow("local experts", self.experts)?;
         Ok(Launch {
-            object: NAME,
             kernel: NAME,
             grid: experts,
             block: THREADS,

@@ -68,7 +68,6 @@ impl WeightedSum {
         BadLaunch::multiple(NAME, "hidden", self.hidden, LANE)?;
         let blocks_per_row = self.hidden.div_ceil(THREADS as usize * LANE);
         Ok(Launch {
-            object: NAME,
             kernel: NAME,
             grid: narrow("blocks", self.rows.saturating_mul(blocks_per_row))?,
             block: THREADS,

@@ -150,6 +150,11 @@ pub fn run(args: &BenchExpertsArgs) -> Result<(), Failure> {
     if args.device != OnDevice::Host {
         return experts_device::run(args, &shape, tokens);
     }
+    if args.slice_of != 1 || args.top_k.is_some() {
+        return refused(
+            "--slice-of and --top-k go with --device cuda; on the host, --ep-size shares out a layer",
+        );
+    }
     let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
     let threads = args.threads.unwrap_or(cores);
     if threads > MAX_THREADS {

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use fused_moe::device::{DeviceBuffer, DeviceResult, Runtime, Stream};
 use fused_moe::kernels::Kernels;
-use fused_moe::kernels::quantize::{Quantize1x128, QuantizeBuffers, ScaleOrder};
-use fused_moe::{Device, DeviceKind};
+use fused_moe::kernels::quantize::{Quantize1x128, QuantizeBuffers};
+use fused_moe::{Device, DeviceKind, ScaleOrder};
 use half::bf16;
 use rand::{Rng, SeedableRng};
 use rand_pcg::Pcg64;
@@ -68,8 +68,11 @@ fn time(
 ) -> Result<Vec<Duration>, Failure> {
     let bytes = job.rows * job.hidden * 3;
     let sets = (BEYOND_CACHES / bytes.max(1)).clamp(1, MAX_SETS);
-    let sets: Vec<Set> =
-        (0..sets as u64).map(|seed| set(runtime, job, seed)).collect::<DeviceResult<_>>().or_failed()?;
+    let scales = job.scale_len().or_refused()?;
+    let sets: Vec<Set> = (0..sets as u64)
+        .map(|seed| set(runtime, job, scales, seed))
+        .collect::<DeviceResult<_>>()
+        .or_failed()?;
     let launches = sets.iter().map(|set| {
         job.launch(QuantizeBuffers {
             input: set.input.address(),
@@ -88,7 +91,7 @@ fn time(
     replays(runtime, stream, &graph.or_failed()?, (CALLS, reps)).or_failed()
 }
 
-fn set(runtime: &Runtime, job: &Quantize1x128, seed: u64) -> DeviceResult<Set> {
+fn set(runtime: &Runtime, job: &Quantize1x128, scales: usize, seed: u64) -> DeviceResult<Set> {
     let mut random = Pcg64::seed_from_u64(seed);
     // One row's worth of random numbers, turned for every row: drawing all of them would take longer than the bench.
     let values: Vec<u8> =
@@ -100,5 +103,5 @@ fn set(runtime: &Runtime, job: &Quantize1x128, seed: u64) -> DeviceResult<Set> {
     }
     let mut input = runtime.alloc(all.len())?;
     input.write(&all)?;
-    Ok(Set { input, codes: runtime.alloc(job.code_bytes())?, scales: runtime.alloc(job.scale_len() * 4)? })
+    Ok(Set { input, codes: runtime.alloc(job.code_bytes())?, scales: runtime.alloc(scales * 4)? })
 }
