@@ -262,7 +262,7 @@ pub struct PreparedRows<'a> {
     tensor_scale: f32,
 }
 
-impl PreparedRows<'_> {
+impl<'a> PreparedRows<'a> {
     /// Number of rows.
     pub fn tokens(&self) -> usize {
         self.tokens
@@ -277,6 +277,18 @@ impl PreparedRows<'_> {
     pub fn bytes_per_row(&self) -> (usize, usize) {
         let wire = self.quantizer.wire();
         (wire.payload_bytes(self.hidden), wire.scale_bytes(self.hidden))
+    }
+
+    /// The payload of row `row` where it lies, if it travels as it is: bf16 and neither quantised nor weighted.
+    ///
+    /// # Errors
+    /// [`QuantError::View`] if there is no such row.
+    pub fn unchanged(&self, row: usize) -> Result<Option<&'a [u8]>, QuantError> {
+        let Activations { hidden, row_factor, .. } = &self.activations;
+        let as_it_is = matches!(self.quantizer, Quantizer::Unquantized(_))
+            && row_factor.is_none()
+            && hidden.dtype() == DType::Bf16;
+        Ok(as_it_is.then(|| hidden.row_bytes(row)).transpose()?)
     }
 
     /// Quantises row `row` straight into its destination, which may be a peer's memory.

@@ -55,6 +55,12 @@ fn check(scheme: QuantScheme, isa: Isa, activations: Activations<'_>, tokens: &[
         assert_eq!(scales[1..], want_scales, "scales of row {i}: {what}");
         assert_eq!(payload[1..], want[i].0, "payload of row {i}: {what}");
         assert_eq!((payload[0], scales[0]), (0xaa, 0xaa), "wrote before the row: {what}");
+        let unchanged = rows.unchanged(i).unwrap();
+        assert!(unchanged.is_none_or(|bytes| bytes == want[i].0), "row {i} is not as it is: {what}");
+        let can_be = scheme == QuantScheme::Unquantized
+            && activations.row_factor.is_none()
+            && activations.hidden.dtype() == DType::Bf16;
+        assert_eq!(unchanged.is_some(), can_be, "{what}");
     }
     let mut payload = vec![0xaa; tokens.len() * payload_bytes];
     let mut scales = vec![f32::NAN; tokens.len() * scale_bytes / 4];
