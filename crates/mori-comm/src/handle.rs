@@ -35,7 +35,7 @@ pub(crate) struct Handle {
     node: Node,
     kernel: Kernel,
     fields: Fields<usize>,
-    /// One token on its way out.
+    /// One token on its way out; its payload only if that is made for the way.
     record: Vec<u8>,
     /// `[max_tokens, top_k]`: where this rank's tokens lie on this node.
     rows: Vec<RowOn>,
@@ -132,12 +132,17 @@ impl Handle {
             }
             let weights = if self.weight_on_input { &self.ones } else { &routing.weights()[slots(index)] };
             let fields = self.fields.split_mut(&mut self.record);
-            prepared.row(index, fields.payload, fields.scales)?;
+            let unchanged = prepared.unchanged(index)?;
+            if unchanged.is_none() {
+                prepared.row(index, fields.payload, fields.scales)?;
+            }
             copy_bytes(fields.ids, ids, i32::to_ne_bytes);
             copy_bytes(fields.weights, weights, f32::to_ne_bytes);
             copy_bytes(fields.source, &[first + index as u32], u32::to_ne_bytes);
-            self.kernel.send(&self.destinations, Token { index, ids, record: &self.record }, round)?;
-            self.node.write(self.fields.split(&self.record), &mut self.rows[slots(index)]);
+            let mut fields = self.fields.split(&self.record);
+            fields.payload = unchanged.unwrap_or(fields.payload);
+            self.kernel.send(&self.destinations, Token { index, ids, fields }, round)?;
+            self.node.write(fields, &mut self.rows[slots(index)]);
         }
         Ok(())
     }

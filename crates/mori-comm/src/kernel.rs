@@ -8,6 +8,7 @@ use ep_transport::{Deadline, Result, StatusBoard};
 use crate::node::{Node, RowOn};
 use crate::nodes::{Destinations, Nodes};
 use crate::rails::Rails;
+use crate::record::Fields;
 use crate::sum::OutputRow;
 
 /// One of this rank's tokens.
@@ -15,7 +16,7 @@ use crate::sum::OutputRow;
 pub(crate) struct Token<'a> {
     pub index: usize,
     pub ids: &'a [i32],
-    pub record: &'a [u8],
+    pub fields: Fields<&'a [u8]>,
 }
 
 /// The steps of a round that concern other nodes, in their order.

@@ -21,9 +21,9 @@ use crate::nodes::{Destinations, Nodes};
 use crate::record::Fields;
 use crate::sum::{OutputRow, Sums};
 
-/// What the ranks of a node may write in a round and find in their last-level cache when they read it, in bytes: half
-/// of the 32 MiB that cores commonly share.
-const CACHED: usize = 16 << 20;
+/// What the ranks of a node may write in a round and find in their last-level cache when they read it, in bytes. On
+/// cores that share 32 MiB, 7 MB are faster with plain stores, and 15 MB by a fifth faster past the caches.
+const CACHED: usize = 12 << 20;
 
 /// Fields shorter than this, in bytes, are not worth streaming.
 const STREAMED: usize = 1024;

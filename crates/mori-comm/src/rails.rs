@@ -172,10 +172,11 @@ impl Rails {
     pub fn send(
         &mut self,
         destinations: &Destinations,
-        Token { index, ids, record }: Token<'_>,
+        Token { index, ids, fields }: Token<'_>,
         (round, whole): (u64, bool),
     ) -> ep_transport::Result<()> {
-        let Self { rails, buffers, heap, .. } = self;
+        let Self { rails, buffers, record, heap, .. } = self;
+        let bytes = record.record_bytes();
         for rail in rails {
             let visits = destinations.visits(ids, rail.node);
             if !visits && !whole {
@@ -187,7 +188,10 @@ impl Rails {
             if rail.staged == rail.put + CHUNK {
                 rail.put_chunk(&**heap, buffers, (round, false))?;
             }
-            rail.outgoing[rail.staged * record.len()..][..record.len()].copy_from_slice(record);
+            let to = record.split_mut(&mut rail.outgoing[rail.staged * bytes..][..bytes]);
+            for (to, from) in to.into_array().into_iter().zip(fields.into_array()) {
+                to.copy_from_slice(from);
+            }
             rail.staged += 1;
         }
         Ok(())
