@@ -141,6 +141,9 @@ impl<R: Futex, S: Word> DoorbellOf<R, S> {
             if spin_until.remaining().is_none() {
                 break;
             }
+            // Two ranks may have been put on one core while another is idle. If each slept until the other had run,
+            // no more than one of them would ever be runnable, and the kernel would see no reason to part them.
+            std::thread::yield_now();
         }
         self.sleep_until(cause, || deadline.remaining(), ready)
     }
