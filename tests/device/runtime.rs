@@ -1,15 +1,17 @@
 //! Memory, streams, events, graphs, and what the driver refuses.
 
+use fused_moe_core::{DType, DeviceAllocator, ErrorKind, ViewError, Workspace};
 use libtest_mimic::Failed;
 
 use crate::{Gpu, OnGpu};
 
-pub const TESTS: [(&str, OnGpu); 5] = [
+pub const TESTS: [(&str, OnGpu); 6] = [
     ("memory_holds_what_is_written", memory),
     ("streams_wait_for_events", streams),
     ("graphs_do_it_again_with_new_inputs", graphs),
     ("a_failed_capture_leaves_the_stream_usable", failed_capture),
     ("bad_objects_are_errors", bad_objects),
+    ("workspaces_lie_in_its_memory", workspaces),
 ];
 
 fn check(holds: bool, what: &str) -> Result<(), Failed> {
@@ -89,4 +91,22 @@ fn bad_objects(gpu: &Gpu) -> Result<(), Failed> {
     let image = moe_kernels::object(gpu.kernels.arch(), "quantize_1x128")?;
     let error = gpu.runtime.load(image)?.kernel("no_such_kernel").err().ok_or("found what is not there")?;
     check(error.call == "cuModuleGetFunction", &error.to_string())
+}
+
+fn workspaces(gpu: &Gpu) -> Result<(), Failed> {
+    let device = gpu.runtime.device();
+    let mut workspace = Workspace::on(&gpu.runtime, 1000)?;
+    check(workspace.bytes() == 1024 && workspace.device() == device, "size and place")?;
+    let mut arena = workspace.arena();
+    let first = arena.take_tensor(DType::F32, &[3, 5])?;
+    let second = arena.take_tensor(DType::U8, &[1])?;
+    let (first, second) = (first.into_view(), second.into_view());
+    check(second.address() - first.address() == 256 && first.address() % 256 == 0, "pieces")?;
+    check(first.device() == device, "device of a piece")?;
+    let refused = matches!(first.as_slice::<f32>(), Err(ViewError::NotHost { .. }));
+    check(refused, "memory of the device was read on the host")?;
+    let memory = gpu.runtime.alloc_zeroed(0)?;
+    check(memory.address() % 256 == 0, "an allocation of nothing")?;
+    let too_much = Workspace::on(&gpu.runtime, usize::MAX / 2).err().ok_or("more memory than there is")?;
+    check(matches!(too_much.kind, ErrorKind::OutOfMemory { .. }), &too_much.to_string())
 }

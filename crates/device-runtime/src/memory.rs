@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use fused_moe_core::DeviceMemory;
+
 use crate::driver::Driver;
 use crate::error::DeviceResult;
 use crate::stream::Stream;
@@ -87,6 +89,17 @@ impl DeviceBuffer {
         let bytes = self.bytes.min(from.bytes);
         // SAFETY: both buffers and the stream are alive, and both are that long.
         unsafe { self.driver.copy(self.address, from.address, bytes, stream.handle()) }
+    }
+}
+
+// SAFETY: a buffer is its own allocation, freed when it is dropped.
+unsafe impl DeviceMemory for DeviceBuffer {
+    fn address(&self) -> u64 {
+        self.address
+    }
+
+    fn bytes(&self) -> usize {
+        self.bytes
     }
 }
 

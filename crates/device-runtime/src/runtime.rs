@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use fused_moe_core::{Device, DeviceKind};
+use fused_moe_core::{Device, DeviceAllocator, DeviceKind, DeviceMemory, Source};
 
 use crate::cuda;
 use crate::driver::Driver;
@@ -127,5 +127,21 @@ impl Runtime {
     /// Of the driver, for one if it is for another device.
     pub fn load(&self, image: &[u8]) -> DeviceResult<Module> {
         Module::new(&self.driver, image)
+    }
+}
+
+impl DeviceAllocator for Runtime {
+    fn device(&self) -> Device {
+        self.driver.device()
+    }
+
+    fn alloc_zeroed(&self, bytes: usize) -> Result<Box<dyn DeviceMemory>, Source> {
+        let mut buffer = self.alloc(bytes)?;
+        if bytes > 0 {
+            let stream = self.stream()?;
+            buffer.fill(0, &stream)?;
+            stream.wait()?;
+        }
+        Ok(Box::new(buffer))
     }
 }

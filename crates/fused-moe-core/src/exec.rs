@@ -1,6 +1,6 @@
 //! What a stage runs with: a stream and a lent piece of workspace.
 
-use crate::dtype::{DType, Device, Element};
+use crate::dtype::{DType, Device, DeviceKind, Element};
 use crate::layout::{Layout, ViewError};
 use crate::tensor::{Allocation, TensorViewMut};
 
@@ -56,11 +56,36 @@ impl<'a> Arena<'a> {
     ///
     /// # Errors
     /// [`ViewError::OutOfBounds`] if less is left: the backend asked for less in `workspace_bytes` than it uses.
+    /// [`ViewError::NotHost`] for an arena in a device's memory, of which [`Arena::take_tensor`] takes.
     pub fn take<T: Element>(&mut self, len: usize) -> Result<&'a mut [T], ViewError> {
-        let have = self.remaining();
-        let (base, device) = (self.rest.as_view().address(), self.rest.device());
-        let skip = base.next_multiple_of(align_of::<T>()) - base;
-        let end = len.saturating_mul(size_of::<T>()).saturating_add(skip);
+        let device = self.rest.device();
+        if device.kind != DeviceKind::Host {
+            return Err(ViewError::NotHost { device });
+        }
+        let start = self.cut(len, size_of::<T>(), align_of::<T>())?;
+        // SAFETY: `cut` took that many elements, aligned for `T`, out of the range that was exclusively borrowed for
+        // `'a`, and any bit pattern is a `T` (`Element`).
+        Ok(unsafe { std::slice::from_raw_parts_mut(start.cast(), len) })
+    }
+
+    /// Takes a contiguous tensor from the front of an arena on any device. Its values are whatever was there.
+    ///
+    /// # Errors
+    /// [`ViewError::OutOfBounds`] as in [`Arena::take`].
+    pub fn take_tensor(&mut self, dtype: DType, dims: &[usize]) -> Result<TensorViewMut<'a>, ViewError> {
+        let (layout, device) = (Layout::contiguous(dims), self.rest.device());
+        let base = self.cut(layout.num_elements(), dtype.size_bytes(), dtype.size_bytes())?;
+        let bytes = layout.num_elements() * dtype.size_bytes();
+        // SAFETY: `cut` took these bytes out of the range that was exclusively borrowed for `'a`.
+        unsafe { TensorViewMut::from_allocation(Allocation { base, bytes, dtype, device }, layout) }
+    }
+
+    /// Cuts `len` elements of `size` bytes, aligned to `align`, off the front: what it returns is no longer part of the arena.
+    fn cut(&mut self, len: usize, size: usize, align: usize) -> Result<*mut u8, ViewError> {
+        let (have, device) = (self.remaining(), self.rest.device());
+        let base = self.rest.as_view().address();
+        let skip = base.next_multiple_of(align) - base;
+        let end = len.saturating_mul(size).saturating_add(skip);
         if end > have {
             return Err(ViewError::OutOfBounds {
                 dims: vec![len],
@@ -70,23 +95,14 @@ impl<'a> Arena<'a> {
                 len: have,
             });
         }
-        if device.kind != crate::dtype::DeviceKind::Host {
-            return Err(ViewError::NotHost { device });
-        }
         let used = end.next_multiple_of(ARENA_ALIGN).min(have);
         let start = base as *mut u8;
-        let rest = Allocation {
-            base: start.wrapping_add(used),
-            bytes: have - used,
-            dtype: DType::U8,
-            device: Device::HOST,
-        };
+        let rest =
+            Allocation { base: start.wrapping_add(used), bytes: have - used, dtype: DType::U8, device };
         // SAFETY: `rest` is the tail of the exclusively borrowed range; the head is given away below, so the two
         // never overlap.
         self.rest = unsafe { TensorViewMut::from_allocation(rest, Layout::contiguous(&[have - used]))? };
-        // SAFETY: `[skip, end)` lies inside the range that was exclusively borrowed for `'a`, is
-        // aligned for `T`, is no longer part of `self.rest`, and any bit pattern is a `T` (`Element`).
-        Ok(unsafe { std::slice::from_raw_parts_mut(start.wrapping_add(skip).cast(), len) })
+        Ok(start.wrapping_add(skip))
     }
 }
 

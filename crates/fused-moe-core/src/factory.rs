@@ -3,13 +3,14 @@
 use std::sync::Arc;
 
 use crate::config::MoeConfig;
+use crate::dtype::DeviceKind;
 use crate::error::{Error, ErrorKind, Stage};
 use crate::group::{ProcessGroup, first_mismatch};
 use crate::kernel::{FusedMoEKernel, KernelBytes, ModularKernel, MonolithicKernel, OutputShape};
 use crate::negotiate::{Axis, ExpertsCaps, Plan, Support, Unsupported, negotiate};
 use crate::placement::Rank;
 use crate::provider::{Experts, ExpertsProvider, PrepareFinalize, PrepareFinalizeProvider};
-use crate::workspace::Workspace;
+use crate::workspace::{DeviceAllocator, Workspace};
 
 const FACTORY: &str = "factory";
 
@@ -153,6 +154,7 @@ fn agree(config: &MoeConfig, plan: Option<&Plan>, group: &dyn ProcessGroup) -> R
 pub struct Registry {
     comm: Vec<Arc<dyn PrepareFinalizeProvider>>,
     experts: Vec<Arc<dyn ExpertsProvider>>,
+    memory: Vec<Arc<dyn DeviceAllocator>>,
 }
 
 impl std::fmt::Debug for Registry {
@@ -180,6 +182,24 @@ impl Registry {
     pub fn with_experts(mut self, provider: impl ExpertsProvider + 'static) -> Self {
         self.experts.push(Arc::new(provider));
         self
+    }
+
+    /// Lets kernels be built on the kind of device that `memory` is of; of two of a kind the first serves.
+    #[must_use]
+    pub fn with_memory(mut self, memory: Arc<dyn DeviceAllocator>) -> Self {
+        self.memory.push(memory);
+        self
+    }
+
+    /// What allocates for `kind`; `None` for the host, which needs none, and for a device that nobody registered.
+    fn memory(&self, kind: DeviceKind) -> Option<&dyn DeviceAllocator> {
+        self.memory.iter().map(|memory| &**memory).find(|memory| memory.device().kind == kind)
+    }
+
+    /// Why nothing can be built on `kind`, however well backends fit.
+    fn without_memory(&self, kind: DeviceKind) -> Option<Unsupported> {
+        let missing = kind != DeviceKind::Host && self.memory(kind).is_none();
+        missing.then(|| Unsupported::new(Axis::Device, format!("memory of {kind:?}"), "no allocator for it"))
     }
 
     /// Names of the prepare/finalize providers, in order.
@@ -229,6 +249,7 @@ impl Registry {
             Some(name) => std::slice::from_ref(self.experts(name)?),
             None => &self.experts,
         };
+        let without_memory = self.without_memory(config.device);
         let mut survey = Survey { fitting: Vec::new(), refused: Vec::new() };
         for experts in experts {
             let mut contradictions = config.contradictions();
@@ -247,7 +268,11 @@ impl Registry {
                 }
             };
             for comm in comm {
-                match fit(&**comm, config, &caps) {
+                let fitted = fit(&**comm, config, &caps).and_then(|plan| match &without_memory {
+                    Some(reason) => Err(vec![reason.clone()]),
+                    None => Ok(plan),
+                });
+                match fitted {
                     Ok(plan) => survey.fitting.push(plan),
                     Err(reasons) => {
                         survey.refused.push(RefusedPair {
@@ -299,16 +324,16 @@ impl Registry {
         agreed?;
         let plan = survey.fitting.first();
         let plan = plan.cloned().ok_or(MakeError::NoneFits(survey.refused))?;
-        let rank = group.rank();
+        let (rank, memory) = (group.rank(), self.memory(config.device));
         let experts = self.experts(plan.experts())?.build(config, &plan, rank)?;
         let prepare_finalize = self.comm(plan.comm())?.build(config, &plan, group)?;
         Ok(match (prepare_finalize, experts) {
             (PrepareFinalize::Modular(p), Experts::Modular(e)) => {
-                FusedMoEKernel::Modular(ModularKernel::new(config.clone(), plan, rank, p, e)?)
+                FusedMoEKernel::Modular(ModularKernel::new_in(config.clone(), plan, rank, p, e, memory)?)
             }
-            (PrepareFinalize::Monolithic(p), Experts::Monolithic(e)) => {
-                FusedMoEKernel::Monolithic(MonolithicKernel::new(config.clone(), plan, rank, p, e)?)
-            }
+            (PrepareFinalize::Monolithic(p), Experts::Monolithic(e)) => FusedMoEKernel::Monolithic(
+                MonolithicKernel::new_in(config.clone(), plan, rank, p, e, memory)?,
+            ),
             (p, e) => {
                 let why = Unsupported::new(Axis::KernelKind, format!("{e:?}"), format!("{p:?}"));
                 return Err(Error::contract(Stage::QuantizeDispatch, FACTORY, why.to_string()).into());

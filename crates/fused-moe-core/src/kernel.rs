@@ -16,7 +16,7 @@ use crate::prepare_finalize::{ExpertOut, PrepareInput};
 use crate::reduce::{ReduceError, ReduceInput};
 use crate::router::TopK;
 use crate::tensor::{TensorView, TensorViewMut};
-use crate::workspace::Workspace;
+use crate::workspace::{DeviceAllocator, Workspace};
 
 /// Work to run while tokens are in flight (shared experts, the other micro-batch).
 pub type OverlapFn<'a> = &'a mut dyn FnMut(Stream) -> Result<()>;
@@ -110,13 +110,23 @@ struct Buffers {
 }
 
 impl Buffers {
-    fn new(config: &MoeConfig, plan: &Plan, rank: Rank, workspace_bytes: usize) -> Result<Self> {
+    fn new(
+        config: &MoeConfig,
+        plan: &Plan,
+        rank: Rank,
+        workspace_bytes: usize,
+        memory: Option<&dyn DeviceAllocator>,
+    ) -> Result<Self> {
+        let alloc = |bytes| match memory.filter(|memory| memory.device().kind == config.device) {
+            Some(memory) => Workspace::on(memory, bytes),
+            None => Workspace::new(config.device, bytes),
+        };
         let shape = OutputShape::new(config, plan, rank);
         let (expert_out, reduced) = shape.bytes(config, plan);
         Ok(Self {
-            workspace: Workspace::new(config.device, workspace_bytes)?,
-            expert_out: Workspace::new(config.device, expert_out)?,
-            reduced: Workspace::new(config.device, reduced)?,
+            workspace: alloc(workspace_bytes)?,
+            expert_out: alloc(expert_out)?,
+            reduced: alloc(reduced)?,
             shape,
         })
     }
@@ -171,10 +181,10 @@ impl<K: Kind> std::fmt::Debug for ComposedKernel<K> {
 }
 
 impl<K: Kind> ComposedKernel<K> {
-    /// Composes two backends that `plan` was negotiated for. Allocates every byte that [`Self::apply`] uses.
+    /// Composes two backends that `plan` was negotiated for, on the host. Allocates every byte that [`Self::apply`] uses.
     ///
     /// # Errors
-    /// `OutOfMemory`.
+    /// `OutOfMemory`; `Contract` for a configuration of another device.
     pub fn new(
         config: MoeConfig,
         plan: Plan,
@@ -182,7 +192,22 @@ impl<K: Kind> ComposedKernel<K> {
         prepare_finalize: Box<K::Comm>,
         experts: Box<K::Experts>,
     ) -> Result<Self> {
-        let buffers = Buffers::new(&config, &plan, rank, K::workspace_bytes(&experts))?;
+        Self::new_in(config, plan, rank, prepare_finalize, experts, None)
+    }
+
+    /// As [`Self::new`], on the device of the configuration: `memory` allocates there. It is not read for the host.
+    ///
+    /// # Errors
+    /// `OutOfMemory`; `Contract` if `memory` is that of another kind of device.
+    pub fn new_in(
+        config: MoeConfig,
+        plan: Plan,
+        rank: Rank,
+        prepare_finalize: Box<K::Comm>,
+        experts: Box<K::Experts>,
+        memory: Option<&dyn DeviceAllocator>,
+    ) -> Result<Self> {
+        let buffers = Buffers::new(&config, &plan, rank, K::workspace_bytes(&experts), memory)?;
         let experts_map = ExpertMap::new(&config.placement, rank);
         Ok(Self {
             config,

@@ -63,7 +63,7 @@ mod tensor;
 mod ticket;
 mod traffic;
 mod validate;
-#[allow(unsafe_code)] // Views of its own allocation.
+#[allow(unsafe_code)] // Views of its own allocation, and what an allocator promises.
 mod workspace;
 
 pub use dtype::{DType, Device, DeviceKind, Element};
@@ -115,4 +115,4 @@ pub use kernel::{
     StageTimes,
 };
 pub use kind::{Logits, Modular, Monolithic};
-pub use workspace::Workspace;
+pub use workspace::{DeviceAllocator, DeviceMemory, Workspace};

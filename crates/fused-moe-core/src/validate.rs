@@ -48,6 +48,15 @@ fn bad_tensor(why: impl Into<Source>) -> Refusal {
     (Fault::BadTensor, Some(why.into()))
 }
 
+/// Checks that a tensor of a call lies where the layer runs. An empty one lies nowhere.
+fn lies_there(config: &MoeConfig, tensor: &'static str, view: TensorView<'_>) -> Result<(), Refusal> {
+    let device = view.device();
+    if device.kind == config.device || view.layout().num_elements() == 0 {
+        return Ok(());
+    }
+    Err(bad_tensor(format!("the {tensor} lie on {device}, the layer runs on {:?}", config.device)))
+}
+
 /// Checks what a modular round starts with. Values are read only where they lie on the host.
 pub(crate) fn prepare_input(config: &MoeConfig, input: &PrepareInput<'_>) -> Result<(), Refusal> {
     let tokens = hidden(config, input.hidden)?;
@@ -55,6 +64,8 @@ pub(crate) fn prepare_input(config: &MoeConfig, input: &PrepareInput<'_>) -> Res
     let dims = [tokens, config.top_k];
     fits("top-k ids", input.topk.ids, &dims, DType::I32).map_err(bad_tensor)?;
     fits("top-k weights", input.topk.weights, &dims, DType::F32).map_err(bad_tensor)?;
+    lies_there(config, "top-k ids", input.topk.ids)?;
+    lies_there(config, "top-k weights", input.topk.weights)?;
     if input.topk.ids.device().kind != DeviceKind::Host {
         return Ok(());
     }
@@ -85,6 +96,7 @@ pub(crate) fn monolithic_input(config: &MoeConfig, input: &MonolithicInput<'_>) 
     static_scale(config, input.input_scale)?;
     let dims = [tokens, config.num_experts()];
     fits("router logits", input.logits, &dims, DType::F32).map_err(bad_tensor)?;
+    lies_there(config, "router logits", input.logits)?;
     if input.logits.device().kind != DeviceKind::Host {
         return Ok(());
     }
@@ -112,6 +124,7 @@ fn static_scale(config: &MoeConfig, scale: Option<f32>) -> Result<(), Refusal> {
 fn hidden(config: &MoeConfig, view: TensorView<'_>) -> Result<usize, Refusal> {
     let tokens = view.dims()[0];
     fits("hidden states", view, &[tokens, config.hidden], config.in_dtype).map_err(bad_tensor)?;
+    lies_there(config, "hidden states", view)?;
     if tokens > config.max_tokens_per_rank {
         let max = config.max_tokens_per_rank as u32;
         return Err((Fault::TooManyTokens { tokens: tokens as u32, max }, None));

@@ -1,5 +1,7 @@
 //! Choosing a pair, agreeing on it, and every refusal.
 
+use std::sync::Arc;
+
 use fused_moe_core::{
     Axis, Contiguous, DType, DeviceKind, Error, ErrorKind, ExpertPlacement, ExpertsCaps, ExpertsProvider,
     Fp8Format, FusedMoEKernel, KernelKind, MakeError, Mismatch, MoeConfig, Plan, PrepareFinalizeProvider,
@@ -11,6 +13,7 @@ use rstest::rstest;
 use crate::groups;
 use crate::layer::{EXPERTS, TOP_K, config};
 use crate::providers::{CommProvider, ToyProvider, comm, experts};
+use crate::workspace::Pretended;
 
 const BF16: WireFormat = WireFormat::unquantized(DType::Bf16);
 const ANY: Selection<'static> = Selection { comm: None, experts: None };
@@ -298,4 +301,31 @@ fn the_number_of_packed_experts_is_checked() {
     assert_eq!(error.source.unwrap().to_string(), "rank 0 holds 3 experts, 0 were given");
     let nobody = provider.pack(&config, Rank(7), &[]).unwrap();
     assert_eq!((nobody.backend(), nobody.bytes(), nobody.packed::<u8>()), ("aiter", 0, None));
+}
+
+#[test]
+fn a_device_needs_an_allocator_and_its_bytes_are_those_that_were_promised() {
+    let registry = || {
+        let mut aiter = experts("aiter", vec![BF16]);
+        aiter.caps.devices = vec![DeviceKind::Cuda];
+        let local = CommProvider { device: DeviceKind::Cuda, ..comm("local") };
+        Registry::new().with_comm(local).with_experts(aiter)
+    };
+    let config = MoeConfig { device: DeviceKind::Cuda, ..config(1) };
+    let survey = registry().survey(&config, ANY).unwrap();
+    assert!(survey.fitting.is_empty());
+    let reason = survey.refused[0].reasons[0].to_string();
+    assert_eq!(reason, "device: needs memory of Cuda, found no allocator for it");
+
+    let memory = Pretended { address: 4096, limit: 1 << 20, short: 0 };
+    let with_memory = registry().with_memory(Arc::new(memory));
+    let kernel = with_memory.build(&config, ANY, &SingleRank).unwrap();
+    let promised = with_memory.required_bytes(&config, kernel.plan(), Rank(0)).unwrap();
+    let held = kernel.bytes();
+    assert_eq!((held.workspace, held.expert_out), (promised.workspace, promised.expert_out));
+
+    let full = Pretended { address: 4096, limit: 0, short: 0 };
+    let full = registry().with_memory(Arc::new(full)).build(&config, ANY, &SingleRank);
+    let MakeError::Build(error) = full.unwrap_err() else { panic!("refused") };
+    assert!(matches!(error.kind, ErrorKind::OutOfMemory { .. }), "{error}");
 }

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use fused_moe_core::{
-    Axis, DType, Error, ExpertMatrices, ExpertWeights, Experts, ExpertsCaps, ExpertsProvider, KernelKind,
-    MoeConfig, Plan, PrepareCaps, PrepareFinalize, PrepareFinalizeProvider, ProcessGroup, Rank, Result,
-    Stage, Support, Unsupported, WireBytes, WireFormat, check_expert_count,
+    Axis, DType, DeviceKind, Error, ExpertMatrices, ExpertWeights, Experts, ExpertsCaps, ExpertsProvider,
+    KernelKind, MoeConfig, Plan, PrepareCaps, PrepareFinalize, PrepareFinalizeProvider, ProcessGroup, Rank,
+    Result, Stage, Support, Unsupported, WireBytes, WireFormat, check_expert_count,
 };
 
 use crate::toys::{ToyComm, ToyExperts, WORKSPACE};
@@ -16,10 +16,12 @@ pub struct CommProvider {
     pub wires: Vec<WireFormat>,
     pub min_ranks: usize,
     pub max_rows: usize,
+    pub device: DeviceKind,
 }
 
 pub fn comm(name: &'static str) -> CommProvider {
-    CommProvider { name, wires: vec![WireFormat::unquantized(DType::Bf16)], min_ranks: 1, max_rows: 7 }
+    let wires = vec![WireFormat::unquantized(DType::Bf16)];
+    CommProvider { name, wires, min_ranks: 1, max_rows: 7, device: DeviceKind::Host }
 }
 
 impl PrepareFinalizeProvider for CommProvider {
@@ -36,7 +38,9 @@ impl PrepareFinalizeProvider for CommProvider {
             let (wanted, found) = (self.min_ranks, config.ep_size());
             why.push(Unsupported::new(Axis::Parallel, format!("{wanted} ranks"), found.to_string()));
         }
-        Support::unless(why, PrepareCaps::host(self.name, kind, self.wires.clone(), self.max_rows))
+        let mut caps = PrepareCaps::host(self.name, kind, self.wires.clone(), self.max_rows);
+        caps.devices = vec![self.device];
+        Support::unless(why, caps)
     }
 
     fn required_bytes(&self, config: &MoeConfig, plan: &Plan) -> usize {

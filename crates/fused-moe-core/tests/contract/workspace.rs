@@ -1,8 +1,8 @@
 //! Arenas and the memory under them.
 
 use fused_moe_core::{
-    ARENA_ALIGN, Allocation, Arena, DType, Device, DeviceKind, ErrorKind, Layout, TensorViewMut, ViewError,
-    Workspace,
+    ARENA_ALIGN, Allocation, Arena, DType, Device, DeviceAllocator, DeviceKind, DeviceMemory, ErrorKind,
+    Layout, Source, TensorViewMut, ViewError, Workspace,
 };
 use proptest::prelude::*;
 
@@ -114,4 +114,75 @@ fn memory_that_cannot_be_had_is_an_error() {
     let error = Workspace::new(DeviceKind::Host, bytes).unwrap_err();
     assert_eq!(error.kind, ErrorKind::OutOfMemory { bytes });
     assert_eq!(Workspace::new(DeviceKind::Cuda, 1).unwrap_err().kind, ErrorKind::Contract);
+}
+
+/// Addresses of a device that is not there: nothing reads them.
+#[derive(Debug)]
+struct Addresses {
+    address: u64,
+    bytes: usize,
+}
+
+// SAFETY: nobody else has these addresses, and no memory is behind them that anything could read.
+unsafe impl DeviceMemory for Addresses {
+    fn address(&self) -> u64 {
+        self.address
+    }
+
+    fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+/// Gives `limit` bytes at most, at `address`, `short` less than asked for.
+#[derive(Debug)]
+pub struct Pretended {
+    pub address: u64,
+    pub limit: usize,
+    pub short: usize,
+}
+
+const GPU: Device = Device { kind: DeviceKind::Cuda, index: 3 };
+
+impl DeviceAllocator for Pretended {
+    fn device(&self) -> Device {
+        GPU
+    }
+
+    fn alloc_zeroed(&self, bytes: usize) -> Result<Box<dyn DeviceMemory>, Source> {
+        if bytes > self.limit {
+            return Err("no memory left".into());
+        }
+        Ok(Box::new(Addresses { address: self.address, bytes: bytes - self.short }))
+    }
+}
+
+#[test]
+fn a_workspace_in_device_memory_is_divided_without_being_read() {
+    let allocator = Pretended { address: 0x7f00_0000_0000, limit: 4096, short: 0 };
+    let mut workspace = Workspace::on(&allocator, 1000).unwrap();
+    assert_eq!((workspace.bytes(), workspace.device()), (1024, GPU));
+    let mut arena = workspace.arena();
+    let floats = arena.take_tensor(DType::F32, &[2, 3]).unwrap();
+    assert_eq!((floats.as_view().address(), floats.device()), (0x7f00_0000_0000, GPU));
+    let rest = arena.take_tensor(DType::U8, &[700]).unwrap();
+    assert_eq!(rest.as_view().address(), 0x7f00_0000_0100);
+    assert_eq!(arena.remaining(), 0);
+    assert!(matches!(arena.take_tensor(DType::U8, &[1]), Err(ViewError::OutOfBounds { .. })));
+    assert!(matches!(workspace.arena().take::<f32>(1), Err(ViewError::NotHost { device: GPU })));
+    let tensor = workspace.tensor(DType::Bf16, &[512]).unwrap();
+    assert!(matches!(tensor.row_bytes(0), Err(ViewError::NotHost { device: GPU })));
+    assert!(workspace.tensor_mut(DType::Bf16, &[513]).is_err());
+}
+
+#[test]
+fn what_an_allocator_cannot_or_must_not_give_is_an_error() {
+    let right = Pretended { address: 4096, limit: 4096, short: 0 };
+    let error = Workspace::on(&right, 4097).unwrap_err();
+    assert_eq!(error.kind, ErrorKind::OutOfMemory { bytes: 4352 });
+    assert_eq!(error.source.unwrap().to_string(), "no memory left");
+    let error = Workspace::on(&Pretended { address: 128, ..right }, 1).unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Contract);
+    let error = Workspace::on(&Pretended { address: 4096, limit: 4096, short: 1 }, 1).unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Contract);
 }

@@ -20,8 +20,10 @@ enum Failure {
     NanHidden,
     BadId,
     Reported,
-    /// Hidden states in device memory, found after the row count was announced.
+    /// Hidden states in the memory of a device that the layer does not run on.
     OnDevice,
+    /// Ids in the memory of a second host, found after the row count was announced.
+    OnOtherHost,
     DropsPrepareSent,
     DropsDispatched,
     ExpertsFail,
@@ -35,11 +37,12 @@ enum Failure {
 use Failure::*;
 
 /// Each failure, the step that tells the peers, and what it tells them; nothing if they need not know.
-const ALL: [(Failure, Option<(Step, Fault)>); 10] = [
+const ALL: [(Failure, Option<(Step, Fault)>); 11] = [
     (NanHidden, Some((Step::Announce, Fault::NonFiniteHidden { token: 0, element: 7 }))),
     (BadId, Some((Step::Announce, Fault::ExpertIdOutOfRange { token: 1, slot: 2, id: 5000 }))),
     (Reported, Some((Step::Announce, Fault::Unknown { code: 77 }))),
-    (OnDevice, Some((Step::Dispatch, Fault::BadTensor))),
+    (OnDevice, Some((Step::Announce, Fault::BadTensor))),
+    (OnOtherHost, Some((Step::Dispatch, Fault::BadTensor))),
     (DropsPrepareSent, Some((Step::Combine, Fault::Abandoned))),
     (DropsDispatched, Some((Step::Combine, Fault::Abandoned))),
     (ExpertsFail, Some((Step::Combine, Fault::ExpertsFailed))),
@@ -74,6 +77,14 @@ fn verdict(failures: &[Option<Failure>]) -> Option<(Rank, Fault, Stage)> {
     Some((Rank(rank as u32), fault, stage))
 }
 
+/// `values` as a tensor that claims to lie on `device`.
+fn elsewhere<'a, T>(values: &'a [T], dtype: DType, dims: &[usize], device: Device) -> TensorView<'a> {
+    let base = values.as_ptr().cast_mut().cast();
+    let allocation = Allocation { base, bytes: size_of_val(values), dtype, device };
+    // SAFETY: it is memory of this process, borrowed as long as the view, and never written.
+    unsafe { TensorView::from_allocation(allocation, Layout::contiguous(dims)) }.unwrap()
+}
+
 /// Plays one round of `rig` with its failure; `None` if a ticket was dropped on the way.
 fn play(rig: &mut Rig, mut tokens: Tokens, failure: Option<Failure>) -> Option<Result<Vec<f32>>> {
     let case = rig.case;
@@ -92,15 +103,12 @@ fn play(rig: &mut Rig, mut tokens: Tokens, failure: Option<Failure>) -> Option<R
     match failure {
         Some(Reported) => input.fault = Some(Fault::Unknown { code: 77 }),
         Some(OnDevice) => {
-            let allocation = Allocation {
-                base: tokens.hidden.as_ptr().cast_mut().cast(),
-                bytes: size_of_val(&tokens.hidden[..]),
-                dtype: DType::Bf16,
-                device: Device { kind: DeviceKind::Cuda, index: 0 },
-            };
-            // SAFETY: nobody reads a tensor that claims to be on a device this process does not have.
-            input.hidden =
-                unsafe { TensorView::from_allocation(allocation, Layout::contiguous(&dims)) }.unwrap();
+            let device = Device { kind: DeviceKind::Cuda, index: 0 };
+            input.hidden = elsewhere(&tokens.hidden, DType::Bf16, &dims, device);
+        }
+        Some(OnOtherHost) => {
+            let device = Device { kind: DeviceKind::Host, index: 1 };
+            input.topk.ids = elsewhere(&tokens.ids, DType::I32, &[tokens.count, case.top_k], device);
         }
         _ => {}
     }
