@@ -24,6 +24,7 @@ fn every_backend_is_measured(#[values("threads", "processes")] ranks: &str) {
     for all2all in common::COMMS {
         let row = row(&report, all2all);
         assert_eq!(row["substrate"], ranks);
+        assert!(row["copy_gb_s"].as_f64().unwrap() > 0.0, "{row}");
         for half in ["dispatch", "combine"] {
             assert!(row[half]["us"].as_f64().unwrap() > 0.0, "{row}");
             assert!(row[half]["remote_bytes"].as_u64().unwrap() > 0, "{row}");

@@ -313,13 +313,17 @@ fn measure_all(
     let transport = transport_of(endpoint).ok_or_else(|| anyhow!("the group has no transport"))?;
     let mut rows: Vec<Row> = Vec::new();
     for cell in cells {
-        // One rank probes while the others sleep in the barrier.
+        // One rank probes while the others sleep, and tells them.
         let mut copy_gb_s = 0.0;
         if endpoint.rank().index() == 0 {
             let rate = |stores| beyond_caches(cell.payload_bytes(), stores);
             copy_gb_s = rate(Stores::Ordinary).max(rate(Stores::NonTemporal));
         }
-        transport.barrier(transport.deadline())?;
+        let of_all = transport.all_gather(&copy_gb_s.to_le_bytes(), transport.deadline())?;
+        copy_gb_s = of_all
+            .iter()
+            .filter_map(|rate| Some(f64::from_le_bytes(*rate.first_chunk()?)))
+            .fold(0.0, f64::max);
         let mine = rounds::measure(cell, registry, endpoint, reps)
             .with_context(|| format!("{} at {} tokens per rank", cell.plan.comm(), cell.tokens))?;
         let all = gather(&*transport, &mine)?;

@@ -86,24 +86,25 @@ pub struct Round {
 }
 
 impl Measured {
-    /// Of each sample the slowest rank's rounds, and the mean over ranks of their halves: which half a rank waits in is
-    /// chance. Bytes add up.
+    /// Of each sample the slowest rank's rounds, and of these the part that is dispatch in the mean over ranks: which half
+    /// a rank waits in is chance, and one that a busy core let begin late has measured less of both. Bytes add up.
     pub fn over_ranks(all: &[Self], samples: usize) -> Self {
         let of_ranks = |times: fn(&Self) -> &[f64], sample: usize| -> Vec<f64> {
             all.iter().filter_map(|rank| times(rank).get(sample).copied()).collect()
         };
-        let mean = |times: fn(&Self) -> &[f64]| {
-            let of_sample = |sample| of_ranks(times, sample).iter().sum::<f64>() / all.len() as f64;
-            (0..samples).map(of_sample).collect()
-        };
-        let slowest = |times: fn(&Self) -> &[f64]| {
-            let of_sample = |sample| of_ranks(times, sample).into_iter().fold(0.0, f64::max);
+        let total = |times: fn(&Self) -> &[f64], sample| of_ranks(times, sample).iter().sum::<f64>();
+        let slowest = |sample| of_ranks(|rank| &rank.round_us, sample).into_iter().fold(0.0, f64::max);
+        let part = |half: fn(&Self) -> &[f64]| {
+            let of_sample = |sample| {
+                let both = total(|rank| &rank.dispatch_us, sample) + total(|rank| &rank.combine_us, sample);
+                if both > 0.0 { slowest(sample) * total(half, sample) / both } else { 0.0 }
+            };
             (0..samples).map(of_sample).collect()
         };
         Self {
-            dispatch_us: mean(|rank| &rank.dispatch_us),
-            combine_us: mean(|rank| &rank.combine_us),
-            round_us: slowest(|rank| &rank.round_us),
+            dispatch_us: part(|rank| &rank.dispatch_us),
+            combine_us: part(|rank| &rank.combine_us),
+            round_us: (0..samples).map(slowest).collect(),
             dispatch_bytes: all.iter().map(|rank| rank.dispatch_bytes).sum(),
             combine_bytes: all.iter().map(|rank| rank.combine_bytes).sum(),
             useful_rows: all.iter().map(|rank| rank.useful_rows).sum(),
