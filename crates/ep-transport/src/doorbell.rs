@@ -8,19 +8,24 @@ use crate::deadline::Deadline;
 use crate::handshake::Word;
 use crate::symmetric::SymWord;
 
-/// Looks at the awaited memory between two looks at the clock.
-const LOOKS_PER_CLOCK: u32 = 64;
-
-/// How long a waiter spins before it sleeps.
+/// How a waiter spins before it sleeps.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Spin(Duration);
+pub(crate) struct Spin {
+    /// Past the cost of a sleep and a wake-up, which is tens of microseconds.
+    limit: Duration,
+    /// Looks at the awaited memory before the core is offered to others.
+    looks: u32,
+}
 
 impl Spin {
-    /// A waiter with a core of its own may spin past the cost of a sleep and a wake-up (tens of microseconds);
-    /// one that shares its core keeps it from the very rank it waits for.
+    /// Sleeps at once.
+    #[cfg(test)]
+    const NONE: Self = Self { limit: Duration::ZERO, looks: 1 };
+
+    /// A waiter that shares its core keeps it from the very rank it waits for, so it offers the core after every look.
     pub(crate) fn for_ranks(ranks: usize) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-        Self(if ranks <= cores { Duration::from_micros(50) } else { Duration::ZERO })
+        Self { limit: Duration::from_micros(50), looks: if ranks <= cores { 64 } else { 1 } }
     }
 }
 
@@ -130,9 +135,9 @@ impl<R: Futex, S: Word> DoorbellOf<R, S> {
         if let Some(value) = ready() {
             return Some(value);
         }
-        let spin_until = Deadline::after(spin.0).min(deadline);
+        let spin_until = Deadline::after(spin.limit).min(deadline);
         loop {
-            for _ in 0..LOOKS_PER_CLOCK {
+            for _ in 0..spin.looks {
                 spin_loop();
                 if let Some(value) = ready() {
                     return Some(value);
@@ -250,7 +255,7 @@ mod tests {
         // Without spinning nearly every round sleeps, so every round can miss its ring.
         let await_value = |bell: &Doorbell, word: &AtomicU64, n| {
             let see = || (word.load(Ordering::Acquire) == n).then_some(());
-            assert!(bell.wait(awaited, Spin(Duration::ZERO), limit, see).is_some());
+            assert!(bell.wait(awaited, Spin::NONE, limit, see).is_some());
         };
         let change = |bell: &Doorbell, word: &AtomicU64, n| {
             word.store(n, Ordering::Release);
@@ -282,7 +287,7 @@ mod tests {
                 scope.spawn(move || {
                     for n in 1..=rounds {
                         let see = || (word.load(Ordering::Acquire) >= n).then_some(());
-                        assert!(bell.wait(Cause(index as u32), Spin(Duration::ZERO), limit, see).is_some());
+                        assert!(bell.wait(Cause(index as u32), Spin::NONE, limit, see).is_some());
                         done.store(n, Ordering::Release);
                     }
                 });
