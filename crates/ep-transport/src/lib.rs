@@ -41,6 +41,7 @@
 //! group of threads or processes that lost ranks goes on without them by [`shrink`](Transport::shrink). There is no
 //! network engine here, and no device memory.
 
+mod chunk;
 mod cursor;
 mod deadline;
 mod doorbell;
@@ -68,6 +69,7 @@ pub use transport::{Collective, Shrunk, Transport};
 
 pub use symmetric::{HEAP_ALIGN, HeapLayout, HeapSize, REGION_ALIGN, SymOffset, SymWord};
 
+pub use chunk::Chunk;
 pub use cursor::RowCursor;
 pub use deadline::Deadline;
 pub use error::{Awaited, RendezvousError, Result, Silence, TransportError};

@@ -82,6 +82,8 @@ impl Buffers {
 /// Tokens that travel between nodes in one put.
 pub(crate) const CHUNK: usize = 64;
 
+const _: () = assert!(CHUNK <= ep_transport::Chunk::MOST_ROWS);
+
 /// Regions and signals of a rank for its proxies: a window for each of the other nodes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RailBuffers {

@@ -5,9 +5,8 @@
 //! for the token, rounds the sum to the type that travels, and sends it back to the slot of the token.
 //!
 //! # Flags
-//! A chunk is one put with its signal. The flag is SET to the number of the round with the chunk's tokens and whether
-//! it is the last one ([`Chunk`]), never added to and never cleared. A rank that sends nothing, for whatever reason,
-//! sends an empty last chunk, so every round of every rail has an end.
+//! A chunk is one put with its signal ([`Chunk`]). A rank that sends nothing, for whatever reason, sends an empty last
+//! chunk, so every round of every rail has an end.
 //!
 //! # Who may touch which bytes when
 //! - *A window of the inbox* is written by the proxy that it belongs to, and read between its flags and this rank's
@@ -18,7 +17,7 @@
 
 use std::sync::Arc;
 
-use ep_transport::{Deadline, Heap, Payload, Signal, Until};
+use ep_transport::{Chunk, Deadline, Heap, Payload, Signal, Until};
 use fused_moe_core::{MoeConfig, Plan, Rank};
 use half::bf16;
 
@@ -28,35 +27,6 @@ use crate::node::{Node, RowOn};
 use crate::nodes::{Destinations, Nodes};
 use crate::record::{Fields, read_ids};
 use crate::sum::{FewRows, OutputRow, travelling_bytes};
-
-/// What the flag of a chunk says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Chunk {
-    round: u64,
-    /// Tokens in it, at most [`CHUNK`].
-    tokens: usize,
-    /// Whether no other follows in this round.
-    last: bool,
-}
-
-impl Chunk {
-    const LAST: u64 = 1 << 7;
-    const TOKENS: u64 = Self::LAST - 1;
-
-    /// The least value of a flag of `round`.
-    const fn first(round: u64) -> u64 {
-        round << 8
-    }
-
-    const fn pack(self) -> u64 {
-        Self::first(self.round) | self.tokens as u64 | if self.last { Self::LAST } else { 0 }
-    }
-
-    const fn unpack(flag: u64) -> Self {
-        let tokens = (flag & Self::TOKENS) as usize;
-        Self { round: flag >> 8, tokens, last: flag & Self::LAST != 0 }
-    }
-}
 
 /// No slot: a token that does not visit the node.
 const NO_SLOT: u32 = u32::MAX;
@@ -218,28 +188,23 @@ impl Rails {
         deadline: Deadline,
     ) -> ep_transport::Result<()> {
         let Self { rails, buffers, record, ids, heap, .. } = self;
-        let until = Until::Ge(Chunk::first(round));
         loop {
             let mut waiting = None;
             let mut progress = false;
             for rail in rails.iter_mut().filter(|rail| !rail.complete) {
                 let flag = buffers.arrived(round, rail.window, rail.forwarded / CHUNK);
-                let value = heap.signal_read(flag)?;
-                if until.holds(value) {
-                    rail.forward_chunk(
-                        (node, destinations),
-                        (&**heap, buffers),
-                        (*record, ids),
-                        Chunk::unpack(value),
-                    )?;
-                    progress = true;
-                } else {
-                    waiting = waiting.or(Some((flag, rail.proxy)));
+                match Chunk::look(&**heap, flag, round)? {
+                    Some(chunk) => {
+                        let heap = (&**heap, &*buffers);
+                        rail.forward_chunk((node, destinations), heap, (*record, ids), chunk)?;
+                        progress = true;
+                    }
+                    None => waiting = waiting.or(Some((flag, rail.proxy))),
                 }
             }
             match waiting {
                 Some((flag, proxy)) if !progress => {
-                    heap.signal_wait_until(flag, until, proxy, deadline)?;
+                    Chunk::wait(&**heap, flag, round, proxy, deadline)?;
                 }
                 None if !progress => return Ok(()),
                 _ => {}
@@ -328,7 +293,7 @@ impl Rail {
         buffers: &RailBuffers,
         (round, last): (u64, bool),
     ) -> ep_transport::Result<()> {
-        let chunk = Chunk { round, tokens: self.staged - self.put, last };
+        let chunk = Chunk { round, rows: self.staged - self.put, last };
         let bytes = buffers.inbox.row_bytes();
         let payload = Payload {
             offset: buffers.inbox.row(buffers.inbox_row(round, self.there) + self.put),
@@ -337,7 +302,7 @@ impl Rail {
         let word = buffers.arrived(round, self.there, self.put / CHUNK);
         // SAFETY: the window is this rank's and of this parity, which the proxy has done with: see the head of the
         // file. The records change after the `quiet` of the next round.
-        unsafe { heap.put_signal(self.proxy, payload, Signal { word, value: chunk.pack() })? };
+        unsafe { chunk.put(heap, self.proxy, payload, word)? };
         self.put = self.staged;
         Ok(())
     }
@@ -353,7 +318,7 @@ impl Rail {
         let (top_k, bytes) = (ids.len(), buffers.inbox.row_bytes());
         let first = self.forwarded;
         // No sound rank has more tokens than its window rows.
-        let tokens = chunk.tokens.min(CHUNK).min(buffers.rows - first);
+        let tokens = chunk.rows.min(CHUNK).min(buffers.rows - first);
         let offset = buffers.inbox.row(buffers.inbox_row(chunk.round, self.window) + first);
         // SAFETY: the flag of the chunk was seen, and the proxy writes these rows again two rounds later.
         let records = unsafe { heap.local(offset, tokens * bytes)? };
@@ -370,19 +335,5 @@ impl Rail {
         self.forwarded += tokens;
         self.complete = chunk.last;
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_flag_of_a_round_is_larger_than_all_of_the_rounds_before() {
-        let chunk = |round, tokens, last| Chunk { round, tokens, last };
-        for flag in [chunk(7, 0, true), chunk(7, CHUNK, false), chunk(7, CHUNK, true), chunk(7, 1, false)] {
-            assert_eq!(Chunk::unpack(flag.pack()), flag);
-            assert!((Chunk::first(7)..Chunk::first(8)).contains(&flag.pack()));
-        }
     }
 }

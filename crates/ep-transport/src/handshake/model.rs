@@ -14,6 +14,7 @@ use fused_moe_core::Rank;
 use rstest::rstest;
 
 use self::heap::{CELL, Memory, ModelFutex, ModelHeap, ModelWord, Mutant};
+use crate::chunk::Chunk;
 use crate::cursor::RowCursor;
 use crate::deadline::Deadline;
 use crate::doorbell::{Cause, DoorbellOf};
@@ -139,6 +140,41 @@ fn statuses_hand_over_what_was_put_before(
     mutant: Mutant,
 ) {
     judge(mutant, explore(4, move || board(mutant)));
+}
+
+/// Chunks into windows by the parity of the round, three rounds so that one window is used again: what a rank waits for
+/// before it writes is its reader's status of the round between.
+fn chunks(mutant: Mutant) {
+    let mut layout = HeapLayout::default();
+    let windows = layout.region(2 * CELL);
+    let flags = layout.words(2);
+    let dispatched = StatusBoard::reserve(&mut layout, 2);
+    let memory = Memory::new(2, layout.size(), mutant);
+    two_ranks(&memory, PATIENT, move |heap| {
+        let peer = peer_of(heap);
+        for round in [1, 2, 3] {
+            let window = if mutant == Mutant::EarlyReuse { 0 } else { (round % 2) as usize };
+            let (flag, offset) = (flags + window, SymOffset(windows.0 + window * CELL));
+            let chunk = Chunk { round, rows: 1, last: true };
+            // SAFETY: the checker verifies the access rule.
+            unsafe {
+                chunk.put(heap, peer, Payload { offset, bytes: &message(heap.rank(), round) }, flag).unwrap();
+            }
+            dispatched.post(heap, peer, round, Status::done(1)).unwrap();
+            assert_eq!(Chunk::wait(heap, flag, round, peer, never()).unwrap(), chunk);
+            assert_eq!(Chunk::look(heap, flag, round).unwrap(), Some(chunk));
+            assert_eq!(heap.row(offset), message(peer, round));
+            dispatched.wait(heap, peer, round, never()).unwrap();
+        }
+    });
+}
+
+#[rstest]
+fn a_chunk_tells_of_its_round(
+    #[values(Mutant::Sound, Mutant::RelaxedSet, Mutant::RelaxedLook, Mutant::AnyEpoch, Mutant::EarlyReuse)]
+    mutant: Mutant,
+) {
+    judge(mutant, explore(4, move || chunks(mutant)));
 }
 
 /// Rows of a rank that both ranks take and write, every round anew from the first.
