@@ -6,6 +6,8 @@
 use std::arch::x86_64::*;
 use std::mem::transmute;
 
+use quant::fp4::VALUES;
+
 use crate::kernel::{Kernel, Tile};
 use crate::panel::{BLOCK_PAIRS, PANEL, PanelPairs};
 use crate::{Fp8Kind, Isa};
@@ -79,6 +81,12 @@ impl Kernel for Avx512 {
                 Fp8Kind::E4M3Fnuz => decode_panel::<true>(kind, codes, words),
             }
         }
+    }
+
+    fn decode_fp4(self, codes: &[u8], scales: &[f32; PANEL], words: &mut [u32]) {
+        assert!(codes.len().is_multiple_of(PANEL) && words.len() == codes.len());
+        // SAFETY: `self` proves the features, and the lengths were compared.
+        unsafe { decode_fp4(codes, scales, words) }
     }
 }
 
@@ -347,6 +355,32 @@ unsafe fn decode_panel<const FNUZ: bool>(kind: Fp8Kind, codes: &[u8], words: &mu
         for (words, line) in words.chunks_exact_mut(LANES).zip(line) {
             // SAFETY: a chunk is one register of words.
             unsafe { _mm512_storeu_si512(words.as_mut_ptr().cast(), line) };
+        }
+    }
+}
+
+/// # Safety
+/// `codes` is whole pairs of 64 bytes, and `words` has as many elements.
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512bf16")]
+unsafe fn decode_fp4(codes: &[u8], scales: &[f32; PANEL], words: &mut [u32]) {
+    // SAFETY: the table has sixteen values, the scales are four registers.
+    let (values, scales): (_, [_; WIDE]) = unsafe {
+        let scale = |i: usize| _mm512_loadu_ps(scales[i * LANES..].as_ptr());
+        (_mm512_loadu_ps(VALUES.as_ptr()), std::array::from_fn(scale))
+    };
+    for (codes, words) in codes.chunks_exact(PANEL).zip(words.chunks_exact_mut(PANEL)) {
+        for (i, &scale) in scales.iter().enumerate() {
+            let (codes, words) = (&codes[i * LANES..][..LANES], &mut words[i * LANES..][..LANES]);
+            // SAFETY: sixteen bytes are read and sixteen words written.
+            unsafe {
+                let pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.as_ptr().cast()));
+                // A look-up reads the low four bits of its index only.
+                let even = _mm512_mul_ps(_mm512_permutexvar_ps(pairs, values), scale);
+                let odd = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32::<4>(pairs), values), scale);
+                let even = _mm512_srli_epi32::<16>(_mm512_castps_si512(even));
+                let word = _mm512_or_si512(even, _mm512_castps_si512(odd));
+                _mm512_storeu_si512(words.as_mut_ptr().cast(), word);
+            }
         }
     }
 }

@@ -136,7 +136,7 @@ impl<'a, K: Kernel> Worker<'a, K> {
                     let words = &mut self.decoded[..run.words()];
                     self.kernel.vectorize(
                         #[inline(always)]
-                        || run.decode(words),
+                        || run.decode(self.kernel, words),
                     );
                     lines = PanelPairs::Bf16(words);
                 }

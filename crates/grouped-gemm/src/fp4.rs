@@ -8,9 +8,10 @@
 use std::fmt;
 use std::ops::RangeInclusive;
 
-use quant::fp4::{E8M0_NAN, MX_GROUP, NV_GROUP, VALUES};
+use quant::fp4::{E8M0_NAN, MX_GROUP, NV_GROUP};
 
 use crate::aligned::Aligned;
+use crate::kernel::Kernel;
 use crate::panel::{Columns, PANEL, PackedShape, PanelPairs, for_each_column};
 use crate::scale::{ColumnTerms, PackedScale, gate_up_shape};
 use crate::tuning::WeightKind;
@@ -282,17 +283,6 @@ pub(crate) struct Fp4Pairs<'a> {
     kind: Fp4Kind,
 }
 
-/// Both values of a byte of two codes as an operand word.
-static PAIRS: [u32; 256] = {
-    let mut words = [0; 256];
-    let mut pair = 0;
-    while pair < 256 {
-        words[pair] = VALUES[pair & 0xf].to_bits() >> 16 | VALUES[pair >> 4].to_bits() & 0xffff_0000;
-        pair += 1;
-    }
-    words
-};
-
 impl Fp4Pairs<'_> {
     pub(crate) fn slice(self, pairs: std::ops::Range<usize>) -> Self {
         let per_group = self.kind.group() / 2;
@@ -311,20 +301,11 @@ impl Fp4Pairs<'_> {
 
     /// Widens the run to the order of a bf16 panel, times the scales of the groups.
     #[inline(always)]
-    pub(crate) fn decode(self, words: &mut [u32]) {
+    pub(crate) fn decode(self, kernel: impl Kernel, words: &mut [u32]) {
         let step = self.kind.group() / 2 * PANEL;
         let groups = self.codes.chunks_exact(step).zip(words.chunks_exact_mut(step));
         for ((codes, words), scales) in groups.zip(self.scales.chunks_exact(PANEL)) {
-            let scales = self.group_scales(scales);
-            for (codes, words) in codes.chunks_exact(PANEL).zip(words.chunks_exact_mut(PANEL)) {
-                for ((word, &pair), scale) in words.iter_mut().zip(codes).zip(&scales) {
-                    let pair = PAIRS[usize::from(pair)];
-                    // Both products are exact and end in sixteen zero bits.
-                    let even = f32::from_bits(pair << 16) * scale;
-                    let odd = f32::from_bits(pair & 0xffff_0000) * scale;
-                    *word = even.to_bits() >> 16 | odd.to_bits();
-                }
-            }
+            kernel.decode_fp4(codes, &self.group_scales(scales), words);
         }
     }
 
@@ -348,11 +329,13 @@ impl Fp4Pairs<'_> {
 
 #[cfg(test)]
 mod tests {
+    use quant::fp4::VALUES;
     use rand::{RngCore, SeedableRng};
     use rand_pcg::Pcg64Mcg;
     use rstest::rstest;
 
     use super::*;
+    use crate::portable::Portable;
 
     fn random(rng: &mut Pcg64Mcg, len: usize, mask: u8) -> Vec<u8> {
         let mut bytes = vec![0; len];
@@ -388,6 +371,46 @@ mod tests {
         );
         let pair = PackedFp4::pack_gate_up(weight(0), weight(1)).unwrap();
         assert_eq!((pair.unpack(), pair.unpack_scales()), (codes, scales));
+    }
+
+    /// Every byte of two codes under every scale that a group can have, bit for bit.
+    #[rstest]
+    fn every_kernel_decodes_every_pair_of_codes(#[values(Fp4Kind::Mx32, Fp4Kind::Nv16)] kind: Fp4Kind) {
+        let codes: Vec<u8> = (0..=0xff).flat_map(|pair| [pair; PANEL]).collect();
+        let scales: Vec<f32> = match kind {
+            Fp4Kind::Mx32 => NORMAL_E8M0.map(|exponent| f32::from_bits(u32::from(exponent) << 23)).collect(),
+            Fp4Kind::Nv16 => (0..=0xff)
+                .filter(|code| code & 0x7f != 0x7f)
+                .map(|code| Fp8Kind::E4M3Fn.to_bf16(code).to_f32())
+                .collect(),
+        };
+        let check = |name: &str, decode: &dyn Fn(&[f32; PANEL], &mut [u32])| {
+            for first in 0..scales.len() {
+                let columns: [f32; PANEL] = std::array::from_fn(|i| scales[(first + i) % scales.len()]);
+                let mut words = vec![0xa5a5_a5a5; codes.len()];
+                decode(&columns, &mut words);
+                for (i, (&word, &pair)) in words.iter().zip(&codes).enumerate() {
+                    let scale = columns[i % PANEL];
+                    for (code, half) in [(pair & 0xf, word << 16), (pair >> 4, word & 0xffff_0000)] {
+                        let want = VALUES[usize::from(code)] * scale;
+                        assert_eq!(
+                            half,
+                            want.to_bits(),
+                            "{name}: code {code:#x} of {pair:#04x}, scale {scale:e}"
+                        );
+                    }
+                }
+            }
+        };
+        check("portable", &|scales, words| Portable.decode_fp4(&codes, scales, words));
+        #[cfg(target_arch = "x86_64")]
+        if let Some(kernel) = crate::avx2::Avx2::new() {
+            check("avx2", &|scales, words| kernel.decode_fp4(&codes, scales, words));
+        }
+        #[cfg(target_arch = "x86_64")]
+        if let Some(kernel) = crate::avx512::Avx512::new() {
+            check("avx512", &|scales, words| kernel.decode_fp4(&codes, scales, words));
+        }
     }
 
     #[test]

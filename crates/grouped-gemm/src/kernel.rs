@@ -1,7 +1,9 @@
 //! What an instruction set provides to the one algorithm of this crate.
 
+use quant::fp4::VALUES;
+
 use crate::Fp8Kind;
-use crate::panel::PanelPairs;
+use crate::panel::{PANEL, PanelPairs};
 
 /// Most rows of a tile: 6 rows of 64 columns are 24 AVX-512 accumulators, which leaves 8 registers
 /// for the operands.
@@ -26,7 +28,33 @@ pub(crate) trait Kernel: Copy + Send + Sync {
 
     /// Widens a run of fp8 panel pairs to the order of a bf16 panel.
     fn decode_panel(self, kind: Fp8Kind, codes: &[u8], words: &mut [u32]);
+
+    /// Widens the fp4 panel pairs of one group, a byte per pair and column, to the order of a bf16 panel, times the
+    /// scale of each column. The products must be exact in bf16.
+    #[inline(always)]
+    fn decode_fp4(self, codes: &[u8], scales: &[f32; PANEL], words: &mut [u32]) {
+        for (codes, words) in codes.chunks_exact(PANEL).zip(words.chunks_exact_mut(PANEL)) {
+            for ((word, &pair), scale) in words.iter_mut().zip(codes).zip(scales) {
+                let pair = FP4_PAIRS[usize::from(pair)];
+                // Both products are exact and end in sixteen zero bits.
+                let even = f32::from_bits(pair << 16) * scale;
+                let odd = f32::from_bits(pair & 0xffff_0000) * scale;
+                *word = even.to_bits() >> 16 | odd.to_bits();
+            }
+        }
+    }
 }
+
+/// Both values of a byte of two fp4 codes as an operand word.
+static FP4_PAIRS: [u32; 256] = {
+    let mut words = [0; 256];
+    let mut pair = 0;
+    while pair < 256 {
+        words[pair] = VALUES[pair & 0xf].to_bits() >> 16 | VALUES[pair >> 4].to_bits() & 0xffff_0000;
+        pair += 1;
+    }
+    words
+};
 
 /// A few rows of the left operand and the sums that they add to.
 pub(crate) struct Tile<'a> {

@@ -6,6 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::Isa;
+use crate::aligned::Aligned;
 use crate::kernel::{Kernel, TILE_ROWS, Tile};
 use crate::panel::{PANEL, PanelPairs};
 use crate::portable::Portable;
@@ -62,27 +63,29 @@ fn peak_of_tiles(kernel: impl Kernel, threads: NonZeroUsize) -> f64 {
 /// The rate at which `threads` threads together read memory, in byte/s. Each reads its own part of
 /// 512 MiB, which is allocated for the probe. Caches larger than that make it too high.
 pub fn read_bandwidth(threads: NonZeroUsize) -> f64 {
-    let words = READ_BYTES / size_of::<u64>() / threads;
+    let words = READ_BYTES / size_of::<u32>() / threads;
     total_rate(threads, |thread| {
-        let memory = vec![thread as u64 + 1; words];
+        // Memory as weights have it, on huge pages if those are.
+        let mut memory = Aligned::<u32>::zeroed(words);
+        memory.as_mut_slice().fill(thread as u32 + 1);
         move || {
             #[cfg(target_arch = "x86_64")]
             if let Some(kernel) = crate::avx512::Avx512::new() {
                 std::hint::black_box(kernel.vectorize(
                     #[inline(always)]
-                    || sum(&memory),
+                    || sum(memory.as_slice()),
                 ));
                 return size_of_val(memory.as_slice()) as f64;
             }
-            std::hint::black_box(sum(&memory));
+            std::hint::black_box(sum(memory.as_slice()));
             size_of_val(memory.as_slice()) as f64
         }
     })
 }
 
 #[inline(always)]
-fn sum(memory: &[u64]) -> u64 {
-    memory.iter().fold(0, |sum, word| sum.wrapping_add(*word))
+fn sum(memory: &[u32]) -> u32 {
+    memory.iter().fold(0u32, |sum, word| sum.wrapping_add(*word))
 }
 
 /// Runs one unit of work per thread again and again, all threads at once, and returns the sum of the
