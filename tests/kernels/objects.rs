@@ -1,12 +1,12 @@
 //! The objects that were built: every kernel is in them for every device, and takes an argument of the size that Rust gives.
 
 use moe_kernels::grouped_gemm::GroupedGemmParams;
+use moe_kernels::metadata::CodeObject;
 use moe_kernels::quantize::{Quantize1x128Params, QuantizePerTokenParams};
 use moe_kernels::sorting::MoeSortingParams;
 use moe_kernels::weighted_sum::WeightedSumParams;
 use moe_kernels::{Arch, object};
 use object::{Object, ObjectSection};
-use rmpv::Value;
 use rstest::rstest;
 
 /// Object, kernel, bytes of its argument, and whether it is for Hopper alone.
@@ -54,24 +54,10 @@ fn nvidia_argument(image: &[u8], kernel: &str) -> usize {
     panic!("{kernel} has no attribute with the size of its argument");
 }
 
-/// A note of AMD holds a MessagePack map with a list of kernels.
+/// Nothing of the kernel may be spilled.
 fn amd_argument(image: &[u8], kernel: &str) -> usize {
-    let file = object::File::parse(image).unwrap();
-    let notes = file.section_by_name(".note").expect("an object of AMD has notes").data().unwrap().to_vec();
-    // Sizes of name and value, type, then the name "AMDGPU\0" padded to 8 bytes.
-    let size = u32::from_le_bytes(notes[4..8].try_into().unwrap()) as usize;
-    assert_eq!(&notes[12..18], b"AMDGPU");
-    let metadata = rmpv::decode::read_value(&mut &notes[20..20 + size]).unwrap();
-    let kernels = field(&metadata, "amdhsa.kernels").as_array().unwrap();
-    let entry = kernels.iter().find(|entry| field(entry, ".name").as_str() == Some(kernel));
-    let entry = entry.unwrap_or_else(|| panic!("no kernel {kernel}"));
-    for spills in [".sgpr_spill_count", ".vgpr_spill_count", ".private_segment_fixed_size"] {
-        assert_eq!(field(entry, spills).as_u64(), Some(0), "{spills} of {kernel}");
-    }
-    field(entry, ".kernarg_segment_size").as_u64().unwrap() as usize
-}
-
-fn field<'v>(map: &'v Value, name: &str) -> &'v Value {
-    let entries = map.as_map().expect("a map");
-    &entries.iter().find(|(key, _)| key.as_str() == Some(name)).unwrap_or_else(|| panic!("no {name}")).1
+    let object = CodeObject::parse(image).unwrap();
+    let found = object.kernel(kernel).unwrap_or_else(|| panic!("no kernel {kernel}"));
+    assert_eq!((found.spills, found.stack_bytes), (0, 0), "spills and stack of {kernel}");
+    found.kernarg_bytes
 }

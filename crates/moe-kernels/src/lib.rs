@@ -3,7 +3,7 @@
 //! A kernel takes one plain struct, a [`KernelParams`], whose bytes are the same for HIP, CUDA and host SIMT. A [`Launch`] names
 //! the kernel and says on how many blocks and threads it runs; [`Kernels`] puts it on a stream of a device.
 //!
-//! Objects are embedded if `cargo xtask kernels build` has made them before this crate is built; otherwise [`object`]
+//! Objects are embedded if `cargo xtask kernels build` has made them before this crate is built; otherwise [`object()`]
 //! says how to. With feature `host-simt` the same sources run on the CPU (module `host_simt`), slowly, as the tests want it.
 
 mod arch;
@@ -13,6 +13,8 @@ pub mod grouped_gemm;
 pub mod host_simt;
 mod launch;
 mod loaded;
+#[cfg(feature = "metadata")]
+pub mod metadata;
 pub mod pack;
 pub mod quantize;
 mod registry;
