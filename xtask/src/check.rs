@@ -26,9 +26,15 @@ pub fn check(repo: &Repo) -> Result<()> {
     } else {
         println!("no mpicc: the feature `mpi` is not checked here; `cargo xtask mpi-test` builds it");
     }
+    let clippy = ["clippy", "--quiet", "--all-targets", "--package", "moe-kernels", "--features", "aiter-co"];
+    steps.command("clippy aiter-co", repo.cargo().args(clippy).args(["--", "-D", "warnings"]))?;
     let doc = ["doc", "--quiet", "--no-deps", "--workspace"];
     steps.command("doc", repo.cargo().args(doc).env("RUSTDOCFLAGS", "-D warnings"))?;
+    let doc = ["doc", "--quiet", "--no-deps", "--package", "moe-kernels", "--features", "aiter-co"];
+    steps.command("doc aiter-co", repo.cargo().args(doc).env("RUSTDOCFLAGS", "-D warnings"))?;
     test_steps(repo, &mut steps)?;
+    let aiter = ["test", "--quiet", "--package", "moe-kernels", "--features", "aiter-co"];
+    steps.command("test aiter-co", repo.cargo().args(aiter))?;
     steps.step("tidy", || tidy::tidy(repo))?;
     steps.finish();
     Ok(())

@@ -5,8 +5,9 @@ use fused_moe_core::ScaleOrder;
 /// The argument of a kernel, as the device reads it.
 ///
 /// # Safety
-/// The type is `repr(C)`, has no padding, and is the struct of the same name in `kernels/`: the bytes that
-/// [`KernelParams::as_bytes`] gives are what the kernel takes them for.
+/// The type is `repr(C)`, has no padding, and is what the kernel reads: for ours the struct of the same name in `kernels/`, for
+/// an object of somebody else what its metadata has been checked for. So the bytes that [`KernelParams::as_bytes`] gives are
+/// what the kernel takes them for.
 pub unsafe trait KernelParams: Copy + 'static {
     /// The argument's bytes.
     fn as_bytes(&self) -> &[u8] {

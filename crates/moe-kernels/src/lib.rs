@@ -6,6 +6,8 @@
 //! Objects are embedded if `cargo xtask kernels build` has made them before this crate is built; otherwise [`object()`]
 //! says how to. With feature `host-simt` the same sources run on the CPU (module `host_simt`), slowly, as the tests want it.
 
+#[cfg(feature = "aiter-co")]
+pub mod aiter_co;
 mod arch;
 pub mod experts;
 pub mod grouped_gemm;
