@@ -1,5 +1,6 @@
 //! `check` and `test`.
 
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use anyhow::Result;
@@ -28,6 +29,22 @@ pub fn check(repo: &Repo) -> Result<()> {
     }
     let clippy = ["clippy", "--quiet", "--all-targets", "--package", "moe-kernels", "--features", "aiter-co"];
     steps.command("clippy aiter-co", repo.cargo().args(clippy).args(["--", "-D", "warnings"]))?;
+    let hip = hip_root();
+    if let Some(root) = &hip {
+        let clippy = ["clippy", "--quiet", "--all-targets", "--features", "hip"];
+        let packages = ["device-runtime", "fused-moe-cli"].map(|name| ["--package", name]);
+        let mut command = repo.cargo();
+        command
+            .env("HIP_PATH", root)
+            .args(clippy)
+            .args(packages.as_flattened())
+            .args(["--", "-D", "warnings"]);
+        steps.command("clippy hip", &mut command)?;
+    } else {
+        println!(
+            "no hip_runtime_api.h: the feature `hip` is not checked here; Debian has it in libamdhip64-dev"
+        );
+    }
     let doc = ["doc", "--quiet", "--no-deps", "--workspace"];
     steps.command("doc", repo.cargo().args(doc).env("RUSTDOCFLAGS", "-D warnings"))?;
     let doc = ["doc", "--quiet", "--no-deps", "--package", "moe-kernels", "--features", "aiter-co"];
@@ -35,6 +52,10 @@ pub fn check(repo: &Repo) -> Result<()> {
     test_steps(repo, &mut steps)?;
     let aiter = ["test", "--quiet", "--package", "moe-kernels", "--features", "aiter-co"];
     steps.command("test aiter-co", repo.cargo().args(aiter))?;
+    if let Some(root) = &hip {
+        let test = ["test", "--quiet", "--package", "device-runtime", "--features", "hip"];
+        steps.command("test hip", repo.cargo().env("HIP_PATH", root).args(test))?;
+    }
     steps.step("tidy", || tidy::tidy(repo))?;
     steps.finish();
     Ok(())
@@ -42,6 +63,13 @@ pub fn check(repo: &Repo) -> Result<()> {
 
 fn has_mpi() -> bool {
     Command::new("mpicc").arg("--version").stdout(Stdio::null()).status().is_ok_and(|status| status.success())
+}
+
+/// The ROCm that `hip-sys` would find, or Debian's, which it has to be told of.
+fn hip_root() -> Option<PathBuf> {
+    let told = ["HIP_PATH", "ROCM_PATH"].into_iter().filter_map(std::env::var_os).map(PathBuf::from);
+    let mut roots = told.chain(["/opt/rocm", "/usr"].map(PathBuf::from));
+    roots.find(|root| root.join("include/hip/hip_runtime_api.h").is_file())
 }
 
 /// All tests of the workspace.

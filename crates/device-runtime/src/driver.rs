@@ -41,7 +41,8 @@ pub(crate) trait Driver: Debug + Send + Sync {
     /// Waits for both; milliseconds.
     unsafe fn elapsed(&self, from: Handle, to: Handle) -> DeviceResult<f32>;
 
-    fn load(&self, image: &[u8]) -> DeviceResult<Handle>;
+    /// `image` is an ELF object.
+    unsafe fn load(&self, image: &[u8]) -> DeviceResult<Handle>;
     unsafe fn unload(&self, module: Handle) -> DeviceResult<()>;
     unsafe fn function(&self, module: Handle, name: &CStr) -> DeviceResult<Handle>;
     unsafe fn allow_shared(&self, function: Handle, bytes: u32) -> DeviceResult<()>;

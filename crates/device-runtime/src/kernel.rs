@@ -32,7 +32,13 @@ struct Loaded {
 
 impl Module {
     pub(crate) fn new(driver: &Arc<dyn Driver>, image: &[u8]) -> DeviceResult<Self> {
-        let handle = driver.load(image)?;
+        // Drivers find the end of an object in its headers; without them they would read on.
+        if !image.starts_with(b"\x7fELF") {
+            let (device, text) = (driver.device(), format!("{} bytes that are no ELF object", image.len()));
+            return Err(DeviceError { device, call: "load", code: -1, text });
+        }
+        // SAFETY: the image is an ELF object.
+        let handle = unsafe { driver.load(image)? };
         Ok(Self { loaded: Arc::new(Loaded { driver: Arc::clone(driver), handle }) })
     }
 

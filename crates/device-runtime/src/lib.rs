@@ -1,9 +1,12 @@
 //! Devices, streams, memory, kernels and graphs of GPUs, behind one small interface.
 //!
-//! A [`Runtime`] is one device. Drivers are found when it is opened: nothing is linked, and a machine without one gets
-//! [`Unavailable`] with what was tried. An engine that has a stream or buffers of its own lends them as raw handles
-//! ([`Runtime::lend_stream`], addresses in a kernel's params); nothing is copied, and no call but [`Stream::wait`], the copies to the
-//! host and [`Event::elapsed`] waits for the device.
+//! A [`Runtime`] is one device. CUDA's driver is found when it is opened: nothing is linked, and a machine without one gets
+//! [`Unavailable`] with what was tried. HIP needs feature `hip`, which links the runtime of the ROCm that the build finds, or of
+//! Debian's `libamdhip64-dev` with `HIP_PATH=/usr`: compiled for gfx942/gfx950, not run.
+//!
+//! An engine that has a stream or buffers of its own lends them as raw handles ([`Runtime::lend_stream`], addresses in a kernel's
+//! params); nothing is copied, and no call but [`Stream::wait`], the copies to the host and [`Event::elapsed`] waits for the
+//! device.
 //!
 //! ```no_run
 //! use device_runtime::{Dims, Runtime};
@@ -25,6 +28,8 @@ mod cuda;
 mod driver;
 mod error;
 mod graph;
+#[cfg(feature = "hip")]
+mod hip;
 mod kernel;
 mod memory;
 mod runtime;

@@ -7,6 +7,8 @@ use fused_moe_core::{Device, DeviceAllocator, DeviceKind, DeviceMemory, Source};
 use crate::cuda;
 use crate::driver::Driver;
 use crate::error::{DeviceResult, Unavailable};
+#[cfg(feature = "hip")]
+use crate::hip;
 use crate::kernel::Module;
 use crate::memory::DeviceBuffer;
 use crate::stream::{Event, Stream};
@@ -37,10 +39,12 @@ pub struct Runtime {
 /// How many devices of `kind` this machine has.
 ///
 /// # Errors
-/// [`Unavailable`] without a driver. A driver without devices has 0.
+/// [`Unavailable`] without a driver. A driver of CUDA without devices has 0; HIP does not tell the two apart.
 pub fn device_count(kind: DeviceKind) -> Result<u32, Unavailable> {
     match kind {
         DeviceKind::Cuda => cuda::device_count(),
+        #[cfg(feature = "hip")]
+        DeviceKind::Hip => hip::device_count(),
         _ => Err(no_driver(kind)),
     }
 }
@@ -48,6 +52,7 @@ pub fn device_count(kind: DeviceKind) -> Result<u32, Unavailable> {
 fn no_driver(kind: DeviceKind) -> Unavailable {
     let cause = match kind {
         DeviceKind::Host => "the host needs no device runtime".to_owned(),
+        DeviceKind::Hip => "this build is without feature `hip`".to_owned(),
         _ => "this build has no runtime for it".to_owned(),
     };
     Unavailable { kind, tried: vec![format!("drivers for {kind:?} in this build")], cause }
@@ -61,6 +66,8 @@ impl Runtime {
     pub fn open(device: Device) -> Result<Self, Unavailable> {
         let driver: Arc<dyn Driver> = match device.kind {
             DeviceKind::Cuda => Arc::new(cuda::Cuda::open(device.index)?),
+            #[cfg(feature = "hip")]
+            DeviceKind::Hip => Arc::new(hip::Hip::open(device.index)?),
             kind => return Err(no_driver(kind)),
         };
         tracing::debug!(%device, "opened");
