@@ -37,7 +37,7 @@ struct Barrier {
 
 // Barriers that were initialised are seen by bulk copies.
 MOE_DEVICE void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-// What this thread wrote to shared memory is seen by wgmma and bulk copies.
+// What this thread wrote to shared memory, or has waited for, is seen by wgmma and bulk copies.
 MOE_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // `bytes` (a multiple of 16) from global to shared memory, counted on `barrier`. What is read ONCE leaves the cache first.
@@ -59,9 +59,10 @@ MOE_DEVICE void copy8(u32 to, u64 from) {
 MOE_DEVICE void copy4(u32 to, u64 from, bool valid) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
 }
-// Copies of this thread so far are a group; waits until at most N groups are left.
-MOE_DEVICE void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <u32 N> MOE_DEVICE void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+// Arrives once all copies of this thread so far have come; who waits for it has to fence before wgmma reads them.
+MOE_DEVICE void arrive_with_copies(Barrier &barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");
+}
 
 // Where an operand is: rows of 128 bytes in groups of eight, swizzled by 16 bytes within a group. The address is that of a
 // row whose number is a multiple of eight, plus where in the row a product starts.
@@ -73,6 +74,12 @@ MOE_DEVICE u64 operand(u32 address) {
 MOE_DEVICE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 MOE_DEVICE void close_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <u32 N> MOE_DEVICE void wait_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+// 1, known only after what comes before this. A factor of it keeps a compiler from reading sums before it has waited for them.
+MOE_DEVICE float one_from_here() {
+    float one;
+    asm volatile("mov.f32 %0, 0f3f800000;" : "=f"(one)::"memory");
+    return one;
+}
 
 template <u32 N> MOE_DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 template <u32 N> MOE_DEVICE void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }

@@ -21,15 +21,19 @@ enum class Scales {
     ROW,   // one per token and one per weight row
 };
 
+// Tiles of weights that a block takes at once. What it multiplies comes from the L2 cache, which is what limits it where tokens
+// fill a tile: with twice the weights, each byte serves a third more products.
+template <u32 TOKENS> constexpr u32 WIDTH = TOKENS >= 128 ? 2 : 1;
+
 template <u32 TOKENS> struct Stage {
-    alignas(1024) u8 weights[TILE_BYTES];
+    alignas(1024) u8 weights[WIDTH<TOKENS>][TILE_BYTES];
     alignas(1024) u8 tokens[TOKENS * TILE_ROW_BYTES];
 };
 
 template <u32 TOKENS, u32 STAGES> struct Memory {
     Stage<TOKENS> stages[STAGES];
     float token_scales[STAGES][TOKENS];
-    float weight_scales[STAGES][2];
+    float weight_scales[STAGES][WIDTH<TOKENS>][2];
     u32 offsets[MAX_EXPERTS + 1];
     u32 first_tile[MAX_EXPERTS + 1];
     Barrier full[STAGES];
@@ -38,10 +42,13 @@ template <u32 TOKENS, u32 STAGES> struct Memory {
 
 // A tile of work.
 struct Work {
-    u32 expert, n_tile, first, count; // pairs [first, first + count)
+    u32 expert, n_tile, first, count; // tiles of weights from n_tile on, pairs [first, first + count)
 };
 
-template <u32 TOKENS> MOE_DEVICE Work work(u32 tile, const u32 *first_tile, const u32 *offsets, u32 n_tiles, u32 experts) {
+// Places of a block along the weights.
+template <u32 TOKENS> MOE_DEVICE u32 places(u32 n_tiles) { return (n_tiles + WIDTH<TOKENS> - 1) / WIDTH<TOKENS>; }
+
+template <u32 TOKENS> MOE_DEVICE Work work(u32 tile, const u32 *first_tile, const u32 *offsets, u32 experts) {
     u32 low = 0, high = experts;
     while (high - low > 1) {
         const u32 middle = (low + high) / 2;
@@ -51,15 +58,13 @@ template <u32 TOKENS> MOE_DEVICE Work work(u32 tile, const u32 *first_tile, cons
     const u32 in_expert = tile - first_tile[low];
     const u32 pairs = offsets[low + 1] - offsets[low];
     const u32 token_tiles = (pairs + TOKENS - 1) / TOKENS;
-    const u32 n_tile = in_expert / token_tiles, token_tile = in_expert % token_tiles;
+    const u32 n_tile = in_expert / token_tiles * WIDTH<TOKENS>, token_tile = in_expert % token_tiles;
     const u32 left = pairs - token_tile * TOKENS;
     return {low, n_tile, offsets[low] + token_tile * TOKENS, left < TOKENS ? left : TOKENS};
 }
 
 template <Scales SCALES, u32 TOKENS, u32 STAGES>
 MOE_DEVICE void fetch(const GroupedGemmParams &p, Memory<TOKENS, STAGES> &m) {
-    // A copy group per step. So many may be on their way before the oldest is handed on.
-    constexpr u32 AHEAD = STAGES > 4 ? 4 : STAGES - 1;
     constexpr u32 THREADS = 128, CHUNKS = TILE_ROW_BYTES / 16, ROWS = THREADS / CHUNKS;
     constexpr u32 ROUNDS = (TOKENS + ROWS - 1) / ROWS;
     static_assert(ROWS % 8 == 0, "a thread has the same place in a group of eight rows in every round");
@@ -69,8 +74,13 @@ MOE_DEVICE void fetch(const GroupedGemmParams &p, Memory<TOKENS, STAGES> &m) {
     const u64 row_bytes = u64(p.k_tiles) * TILE_ROW_BYTES;
     u32 step = 0;
     for (u32 tile = block_index(); tile < tiles; tile += p.blocks) {
-        const Work w = work<TOKENS>(tile, m.first_tile, m.offsets, p.n_tiles, p.experts);
-        const u64 first_tile = (u64(w.expert) * p.n_tiles + w.n_tile) * p.k_tiles;
+        const Work w = work<TOKENS>(tile, m.first_tile, m.offsets, p.experts);
+        u64 weights[WIDTH<TOKENS>];
+        // Where there is no other tile, the last one comes twice.
+        MOE_UNROLL for (u32 i = 0; i < WIDTH<TOKENS>; i++) {
+            const u32 n_tile = w.n_tile + i < p.n_tiles ? w.n_tile + i : w.n_tile;
+            weights[i] = (u64(w.expert) * p.n_tiles + n_tile) * p.k_tiles;
+        }
         // The row that a pair has; that of the first pair where there is none.
         auto source = [&](u32 row) {
             const u32 pair = w.first + (row < w.count ? row : 0);
@@ -85,8 +95,10 @@ MOE_DEVICE void fetch(const GroupedGemmParams &p, Memory<TOKENS, STAGES> &m) {
             m.empty[at].wait((turn & 1) ^ 1);
             auto &stage = m.stages[at];
             if (thread == 0) {
-                m.full[at].arrive_expecting(TILE_BYTES);
-                bulk_copy<(TOKENS < 128)>(stage.weights, p.weights + (first_tile + k) * TILE_BYTES, TILE_BYTES, m.full[at]);
+                m.full[at].arrive_expecting(sizeof(stage.weights));
+                MOE_UNROLL for (u32 i = 0; i < WIDTH<TOKENS>; i++) {
+                    bulk_copy<(TOKENS < 128)>(stage.weights[i], p.weights + (weights[i] + k) * TILE_BYTES, TILE_BYTES, m.full[at]);
+                }
             }
             const u32 tokens = shared_address(stage.tokens) + to;
             const u64 from = p.tokens + u64(k) * TILE_ROW_BYTES + chunk * 16;
@@ -98,19 +110,15 @@ MOE_DEVICE void fetch(const GroupedGemmParams &p, Memory<TOKENS, STAGES> &m) {
             }
             if (SCALES == Scales::BLOCK) {
                 if (thread < TOKENS) copy4(shared_address(&m.token_scales[at][thread]), token_scale + 4 * k, true);
-                if (thread == THREADS - 1) copy8(shared_address(m.weight_scales[at]), p.weight_scales + 8 * (first_tile + k));
+                if (thread == THREADS - 1) {
+                    MOE_UNROLL for (u32 i = 0; i < WIDTH<TOKENS>; i++) {
+                        copy8(shared_address(m.weight_scales[at][i]), p.weight_scales + 8 * (weights[i] + k));
+                    }
+                }
             }
-            close_copies();
-            if (step >= AHEAD) {
-                wait_copies<AHEAD>();
-                fence_async();
-                m.full[(step - AHEAD) % STAGES].arrive();
-            }
+            arrive_with_copies(m.full[at]);
         }
     }
-    wait_copies<0>();
-    fence_async();
-    for (u32 i = step < AHEAD ? 0 : step - AHEAD; i < step; i++) m.full[i % STAGES].arrive();
 }
 
 // gate·sigmoid(gate)·up, each step rounded as the host does it.
@@ -134,38 +142,38 @@ template <Scales SCALES> MOE_DEVICE float token_scale(const GroupedGemmParams &p
     return ptr<const float>(p.token_scales)[source];
 }
 
-// Stores the results of COUNT rows next to each other, of which `row` is the first, for a token. `slab` is the first of the sixteen
-// rows that it is among.
-template <Scales SCALES, u32 COUNT>
-MOE_DEVICE void store(const GroupedGemmParams &p, u64 pair, u32 slab, u32 row, Pair (&d)[COUNT], const Pair (&scales)[COUNT]) {
+// Stores the results of a row, and of the one eight further, for a token. `slab` is the first of the sixteen rows that they are
+// among.
+template <Scales SCALES>
+MOE_DEVICE void store(const GroupedGemmParams &p, u64 pair, u32 slab, u32 row, Pair d, Pair scales) {
     const u32 n = p.n_tiles * TILE_ROWS;
     if (SCALES == Scales::ROW) {
         const float scale = token_scale<SCALES>(p, pair);
-        MOE_UNROLL for (u32 i = 0; i < COUNT; i++) {
-            d[i].first *= scales[i].first * scale;
-            d[i].other *= scales[i].other * scale;
-        }
+        d.first *= scales.first * scale;
+        d.other *= scales.other * scale;
     }
     if (p.has_activation) {
-        u16 *out = ptr<u16>(p.out) + pair * (n / 2) + (row - slab / 2);
-        float a[COUNT];
-        MOE_UNROLL for (u32 i = 0; i < COUNT; i++) a[i] = silu_mul(d[i].first, d[i].other);
-        if constexpr (COUNT == 2) *reinterpret_cast<u32 *>(out) = two_bf16(a[0], a[1]);
-        else *out = to_bf16(a[0]);
+        ptr<u16>(p.out)[pair * (n / 2) + (row - slab / 2)] = to_bf16(silu_mul(d.first, d.other));
     } else if (p.out_is_bf16) {
         u16 *out = ptr<u16>(p.out) + pair * n + row;
-        if constexpr (COUNT == 2) {
-            *reinterpret_cast<u32 *>(out) = two_bf16(d[0].first, d[1].first);
-            *reinterpret_cast<u32 *>(out + 8) = two_bf16(d[0].other, d[1].other);
-        } else {
-            out[0] = to_bf16(d[0].first);
-            out[8] = to_bf16(d[0].other);
-        }
+        out[0] = to_bf16(d.first);
+        out[8] = to_bf16(d.other);
     } else {
         float *out = ptr<float>(p.out) + pair * n + row;
-        MOE_UNROLL for (u32 i = 0; i < COUNT; i++) {
-            out[i] = d[i].first;
-            out[8 + i] = d[i].other;
+        out[0] = d.first;
+        out[8] = d.other;
+    }
+}
+
+// The words of four threads next to each other, [thread][word], turned to [word][thread].
+MOE_DEVICE void transpose_quad(u32 (&w)[4]) {
+    MOE_UNROLL for (u32 apart = 2; apart > 0; apart /= 2) {
+        const bool upper = thread_index() & apart;
+        MOE_UNROLL for (u32 i = 0; i < 4; i++) {
+            if (i & apart) continue;
+            u32 &low = w[i], &high = w[i + apart];
+            const u32 theirs = __shfl_xor_sync(0xffffffff, upper ? low : high, apart);
+            (upper ? low : high) = theirs;
         }
     }
 }
@@ -196,11 +204,11 @@ template <class T, Scales SCALES, u32 TOKENS> struct WeightsByTokens {
     static MOE_DEVICE void store(const GroupedGemmParams &p, const Work &w, const float (&d)[SUMS]) {
         const u32 thread = thread_index() % 128, half = thread_index() / 128;
         const u32 slab = w.n_tile * TILE_ROWS + half * (TILE_ROWS / 2) + thread / 32 * 16, row = thread % 32 / 4;
-        const Pair scales[1] = {row_scales<SCALES>(p, w, slab + row)};
+        const Pair scales = row_scales<SCALES>(p, w, slab + row);
         MOE_UNROLL for (u32 j = 0; j < TOKENS / 8; j++) {
             MOE_UNROLL for (u32 i = 0; i < 2; i++) {
                 const u32 token = j * 8 + thread % 4 * 2 + i;
-                Pair results[1] = {{d[4 * j + i], d[4 * j + 2 + i]}};
+                const Pair results = {d[4 * j + i], d[4 * j + 2 + i]};
                 if (token < w.count) moe::sm90::store<SCALES>(p, w.first + token, slab, slab + row, results, scales);
             }
         }
@@ -227,15 +235,53 @@ template <class T, Scales SCALES> struct TokensByWeights {
         MOE_UNROLL for (u32 i = 0; i < SUMS; i++) sum[i] = fmaf(part[i], scale[i / 2 % 2][i / 4 % 2], sum[i]);
     }
 
-    static MOE_DEVICE void store(const GroupedGemmParams &p, const Work &w, const float (&d)[SUMS]) {
+    // Both tokens' results in bf16, 16 bytes of a row from a thread: the four threads that have two columns each of eight
+    // exchange them so that each has all eight of every fourth group.
+    template <bool ACTIVATED> static MOE_DEVICE void store_bf16(const GroupedGemmParams &p, const Work &w, float (&d)[SUMS]) {
+        constexpr u32 GROUPS = ACTIVATED ? TILE_ROWS / 16 : TILE_ROWS / 8;
+        const u32 quad = thread_index() % 4, width = p.n_tiles * (GROUPS * 8);
+        MOE_UNROLL for (u32 t = 0; t < 2; t++) {
+            const u32 token = first_token() + t * 8;
+            u16 *out = ptr<u16>(p.out) + u64(w.first + token) * width + w.n_tile * (GROUPS * 8) + quad * 8;
+            MOE_UNROLL for (u32 g = 0; g < GROUPS; g += 4) {
+                u32 words[4];
+                MOE_UNROLL for (u32 i = 0; i < 4; i++) {
+                    const u32 at = (g + i) * (ACTIVATED ? 8 : 4) + 2 * t;
+                    if (ACTIVATED) words[i] = two_bf16(silu_mul(d[at], d[at + 4]), silu_mul(d[at + 1], d[at + 5]));
+                    else words[i] = two_bf16(d[at], d[at + 1]);
+                }
+                transpose_quad(words);
+                if (token < w.count) *reinterpret_cast<uint4 *>(out + g * 8) = make_uint4(words[0], words[1], words[2], words[3]);
+            }
+        }
+    }
+
+    static MOE_DEVICE void store(const GroupedGemmParams &p, const Work &w, float (&d)[SUMS]) {
         const u32 column = thread_index() % 4 * 2;
-        MOE_UNROLL for (u32 j = 0; j < TILE_ROWS / 16; j++) {
-            const u32 slab = w.n_tile * TILE_ROWS + j * 16, row = slab + column;
-            const Pair scales[2] = {row_scales<SCALES>(p, w, row), row_scales<SCALES>(p, w, row + 1)};
+        if (SCALES == Scales::ROW) {
+            float of_tokens[2];
             MOE_UNROLL for (u32 t = 0; t < 2; t++) {
-                const u32 token = first_token() + t * 8, at = 8 * j + 2 * t;
-                Pair results[2] = {{d[at], d[at + 4]}, {d[at + 1], d[at + 5]}};
-                if (token < w.count) moe::sm90::store<SCALES>(p, w.first + token, slab, row, results, scales);
+                const u32 token = first_token() + t * 8;
+                of_tokens[t] = token_scale<SCALES>(p, w.first + (token < w.count ? token : 0));
+            }
+            MOE_UNROLL for (u32 j = 0; j < TILE_ROWS / 16; j++) {
+                const u32 row = w.n_tile * TILE_ROWS + j * 16 + column;
+                const Pair scales[2] = {row_scales<SCALES>(p, w, row), row_scales<SCALES>(p, w, row + 1)};
+                MOE_UNROLL for (u32 i = 0; i < 8; i++) {
+                    const float scale = i < 4 ? scales[i % 2].first : scales[i % 2].other;
+                    d[8 * j + i] *= scale * of_tokens[i / 2 % 2];
+                }
+            }
+        }
+        if (p.has_activation) return store_bf16<true>(p, w, d);
+        if (p.out_is_bf16) return store_bf16<false>(p, w, d);
+        MOE_UNROLL for (u32 t = 0; t < 2; t++) {
+            const u32 token = first_token() + t * 8;
+            float *out = ptr<float>(p.out) + u64(w.first + token) * (p.n_tiles * TILE_ROWS) + w.n_tile * TILE_ROWS + column;
+            if (token < w.count) {
+                MOE_UNROLL for (u32 j = 0; j < TILE_ROWS / 8; j++) {
+                    *reinterpret_cast<float2 *>(out + 8 * j) = make_float2(d[4 * j + 2 * t], d[4 * j + 2 * t + 1]);
+                }
             }
         }
     }
@@ -247,45 +293,95 @@ MOE_DEVICE void release(Barrier &empty) {
     if (lane() == 0) empty.arrive();
 }
 
-template <class Sums, class T, Scales SCALES, u32 TOKENS, u32 STAGES>
-MOE_DEVICE void multiply(const GroupedGemmParams &p, Memory<TOKENS, STAGES> &m) {
-    const u32 tiles = m.first_tile[p.experts], half = thread_index() / 128;
-    u32 step = 0;
-    for (u32 tile = block_index(); tile < tiles; tile += p.blocks) {
-        const Work w = work<TOKENS>(tile, m.first_tile, m.offsets, p.n_tiles, p.experts);
-        float sum[Sums::SUMS];
-        MOE_UNROLL for (u32 i = 0; i < Sums::SUMS; i++) sum[i] = 0.0f;
-        for (u32 k = 0; k < p.k_tiles; k++, step++) {
-            const u32 at = step % STAGES, phase = step / STAGES & 1;
-            m.full[at].wait(phase);
-            const u32 weights = shared_address(m.stages[at].weights) + half * Sums::WEIGHTS_APART;
-            const u32 tokens = shared_address(m.stages[at].tokens) + half * Sums::TOKENS_APART;
-            if constexpr (SCALES == Scales::NONE) {
-                begin_products();
-                MOE_UNROLL for (u32 i = 0; i < 4; i++) Sums::product(sum, weights + 32 * i, tokens + 32 * i, true);
-                close_products();
-                // The step before this one is done, and its memory can be filled again.
-                wait_products<1>();
-                if (k > 0) release(m.empty[(step - 1) % STAGES]);
-            } else {
+// What a warpgroup does for a tile: the products of k_tiles steps, of which `step` is the first.
+template <class Sums, Scales SCALES, u32 TOKENS, u32 STAGES> struct Steps {
+    const GroupedGemmParams &p;
+    Memory<TOKENS, STAGES> &m;
+    u32 step;
+    float sum[WIDTH<TOKENS>][Sums::SUMS];
+
+    MOE_DEVICE void wait(u32 k) {
+        m.full[(step + k) % STAGES].wait((step + k) / STAGES & 1);
+        fence_async();
+    }
+
+    // Starts the products of a step with a tile of weights.
+    MOE_DEVICE void start(float (&d)[Sums::SUMS], u32 k, u32 tile, bool add) {
+        auto &stage = m.stages[(step + k) % STAGES];
+        const u32 half = thread_index() / 128;
+        const u32 weights = shared_address(stage.weights[tile]) + half * Sums::WEIGHTS_APART;
+        const u32 tokens = shared_address(stage.tokens) + half * Sums::TOKENS_APART;
+        MOE_UNROLL for (u32 i = 0; i < 4; i++) Sums::product(d, weights + 32 * i, tokens + 32 * i, add || i > 0);
+    }
+
+    // Sums that stay in the products' registers.
+    MOE_DEVICE void in_place() {
+        for (u32 k = 0; k < p.k_tiles; k++) {
+            wait(k);
+            begin_products();
+            MOE_UNROLL for (u32 i = 0; i < WIDTH<TOKENS>; i++) start(sum[i], k, i, true);
+            close_products();
+            // The step before this one is done, and its memory can be filled again.
+            wait_products<1>();
+            if (k > 0) release(m.empty[(step + k - 1) % STAGES]);
+        }
+        wait_products<0>();
+        const float one = one_from_here();
+        MOE_UNROLL for (u32 i = 0; i < WIDTH<TOKENS>; i++) {
+            MOE_UNROLL for (u32 j = 0; j < Sums::SUMS; j++) sum[i][j] *= one;
+        }
+        release(m.empty[(step + p.k_tiles - 1) % STAGES]);
+    }
+
+    // Products of each step by themselves. While a warpgroup scales and adds them, the other one multiplies.
+    MOE_DEVICE void in_parts() {
+        for (u32 k = 0; k < p.k_tiles; k++) {
+            const u32 at = (step + k) % STAGES;
+            wait(k);
+            MOE_UNROLL for (u32 i = 0; i < WIDTH<TOKENS>; i++) {
                 float part[Sums::SUMS];
                 begin_products();
-                MOE_UNROLL for (u32 i = 0; i < 4; i++) Sums::product(part, weights + 32 * i, tokens + 32 * i, i > 0);
+                start(part, k, i, false);
                 close_products();
                 wait_products<0>();
                 if constexpr (SCALES == Scales::BLOCK) {
-                    Sums::add(sum, part, m.weight_scales[at], m.token_scales[at]);
+                    Sums::add(sum[i], part, m.weight_scales[at][i], m.token_scales[at]);
                 } else {
-                    MOE_UNROLL for (u32 i = 0; i < Sums::SUMS; i++) sum[i] += part[i];
+                    const float one = one_from_here();
+                    MOE_UNROLL for (u32 j = 0; j < Sums::SUMS; j++) sum[i][j] = fmaf(part[j], one, sum[i][j]);
                 }
-                release(m.empty[at]);
             }
+            release(m.empty[at]);
         }
-        if constexpr (SCALES == Scales::NONE) {
-            wait_products<0>();
-            release(m.empty[(step - 1) % STAGES]);
+    }
+
+    // Nothing: the tile has no tokens for this warpgroup.
+    MOE_DEVICE void none() {
+        for (u32 k = 0; k < p.k_tiles; k++) {
+            wait(k);
+            release(m.empty[(step + k) % STAGES]);
         }
-        Sums::store(p, w, sum);
+    }
+};
+
+template <class Sums, Scales SCALES, u32 TOKENS, u32 STAGES>
+MOE_DEVICE void multiply(const GroupedGemmParams &p, Memory<TOKENS, STAGES> &m) {
+    const u32 tiles = m.first_tile[p.experts], half = thread_index() / 128;
+    Steps<Sums, SCALES, TOKENS, STAGES> steps{p, m, 0, {}};
+    for (u32 tile = block_index(); tile < tiles; tile += p.blocks, steps.step += p.k_tiles) {
+        const Work w = work<TOKENS>(tile, m.first_tile, m.offsets, p.experts);
+        if (Sums::TOKENS_APART > 0 && half * (TOKENS / 2) >= w.count) {
+            steps.none();
+            continue;
+        }
+        MOE_UNROLL for (u32 i = 0; i < WIDTH<TOKENS>; i++) {
+            MOE_UNROLL for (u32 j = 0; j < Sums::SUMS; j++) steps.sum[i][j] = 0.0f;
+        }
+        if constexpr (SCALES == Scales::NONE) steps.in_place();
+        else steps.in_parts();
+        MOE_UNROLL for (u32 i = 0; i < WIDTH<TOKENS>; i++) {
+            if (w.n_tile + i < p.n_tiles) Sums::store(p, {w.expert, w.n_tile + i, w.first, w.count}, steps.sum[i]);
+        }
     }
 }
 
@@ -311,7 +407,7 @@ MOE_DEVICE void grouped_gemm(const GroupedGemmParams &p) {
         u32 tiles = 0;
         for (u32 e = 0; e < p.experts; e++) {
             m.first_tile[e] = tiles;
-            tiles += (m.offsets[e + 1] - m.offsets[e] + TOKENS - 1) / TOKENS * p.n_tiles;
+            tiles += (m.offsets[e + 1] - m.offsets[e] + TOKENS - 1) / TOKENS * places<TOKENS>(p.n_tiles);
         }
         m.first_tile[p.experts] = tiles;
     }
@@ -322,9 +418,9 @@ MOE_DEVICE void grouped_gemm(const GroupedGemmParams &p) {
     } else {
         if constexpr (WIDE) take_registers<224>();
         if constexpr (WIDE) {
-            multiply<TokensByWeights<T, SCALES>, T, SCALES>(p, m);
+            multiply<TokensByWeights<T, SCALES>, SCALES>(p, m);
         } else {
-            multiply<WeightsByTokens<T, SCALES, TOKENS>, T, SCALES>(p, m);
+            multiply<WeightsByTokens<T, SCALES, TOKENS>, SCALES>(p, m);
         }
     }
 }

@@ -19,16 +19,22 @@ MOE_DEVICE i32 local_expert(const MoeSortingParams &p, u32 slot) {
 
 MOE_KERNEL(moe_sorting, MoeSortingParams, MOE_SORTING_THREADS) {
     constexpr u32 WARPS = MOE_SORTING_THREADS / WARP;
-    MOE_SHARED(u32, counts, WARPS);
+    // Slots that a thread looks at together, so that it waits for them once.
+    constexpr u32 BATCH = 8;
+    MOE_SHARED(u32, counts, BATCH * WARPS);
     const i32 expert = i32(block_index());
     const u32 warp = thread_index() / WARP;
 
     u32 before = 0;
-    for (u32 slot = thread_index(); slot < p.slots; slot += MOE_SORTING_THREADS) {
-        const i32 local = local_expert(p, slot);
-        before += local >= 0 && local < expert;
-        // One block says so of what nobody places.
-        if (expert == 0 && local < 0) ptr<i32>(p.positions)[slot] = -1;
+    for (u32 first = thread_index(); first < p.slots; first += BATCH * MOE_SORTING_THREADS) {
+        MOE_UNROLL for (u32 i = 0; i < BATCH; i++) {
+            const u32 slot = first + i * MOE_SORTING_THREADS;
+            if (slot >= p.slots) continue;
+            const i32 local = local_expert(p, slot);
+            before += local >= 0 && local < expert;
+            // One block says so of what nobody places.
+            if (expert == 0 && local < 0) ptr<i32>(p.positions)[slot] = -1;
+        }
     }
     MOE_UNROLL for (u32 mask = WARP / 2; mask > 0; mask /= 2) before += shuffle_xor(before, mask);
     if (lane() == 0) counts[warp] = before;
@@ -38,24 +44,32 @@ MOE_KERNEL(moe_sorting, MoeSortingParams, MOE_SORTING_THREADS) {
     if (thread_index() == 0) ptr<u32>(p.offsets)[expert] = next;
 
     // All threads go round alike: the barriers are for all.
-    for (u32 first = 0; first < p.slots; first += MOE_SORTING_THREADS) {
-        const u32 slot = first + thread_index();
-        const bool mine = slot < p.slots && local_expert(p, slot) == expert;
-        const u64 bits = lanes_where(mine);
-        sync_block();
-        if (lane() == 0) counts[warp] = count_bits(bits);
-        sync_block();
-        u32 ahead = 0, all = 0;
-        for (u32 w = 0; w < WARPS; w++) {
-            ahead += w < warp ? counts[w] : 0;
-            all += counts[w];
+    for (u32 first = 0; first < p.slots; first += BATCH * MOE_SORTING_THREADS) {
+        u64 bits[BATCH];
+        MOE_UNROLL for (u32 i = 0; i < BATCH; i++) {
+            const u32 slot = first + i * MOE_SORTING_THREADS + thread_index();
+            bits[i] = lanes_where(slot < p.slots && local_expert(p, slot) == expert);
         }
-        if (mine) {
-            const u32 pair = next + ahead + count_bits(bits & ((u64(1) << lane()) - 1));
-            ptr<u32>(p.pair_rows)[pair] = slot / p.top_k;
-            ptr<i32>(p.positions)[slot] = i32(pair);
+        sync_block();
+        if (lane() == 0) {
+            MOE_UNROLL for (u32 i = 0; i < BATCH; i++) counts[i * WARPS + warp] = count_bits(bits[i]);
         }
-        next += all;
+        sync_block();
+        MOE_UNROLL for (u32 i = 0; i < BATCH; i++) {
+            u32 ahead = 0, all = 0;
+            for (u32 w = 0; w < WARPS; w++) {
+                const u32 count = counts[i * WARPS + w];
+                ahead += w < warp ? count : 0;
+                all += count;
+            }
+            if (bits[i] >> lane() & 1) {
+                const u32 slot = first + i * MOE_SORTING_THREADS + thread_index();
+                const u32 pair = next + ahead + count_bits(bits[i] & ((u64(1) << lane()) - 1));
+                ptr<u32>(p.pair_rows)[pair] = slot / p.top_k;
+                ptr<i32>(p.positions)[slot] = i32(pair);
+            }
+            next += all;
+        }
     }
     if (thread_index() == 0 && u32(expert) + 1 == p.experts) ptr<u32>(p.offsets)[p.experts] = next;
 }

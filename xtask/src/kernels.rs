@@ -169,6 +169,10 @@ fn compile(toolchain: &Toolchain, arch: Arch, source: &Path, object: &Path) -> R
     if !output.status.success() {
         bail!("{command:?} ended with {}\n{said}", output.status);
     }
+    // Not a warning to -Werror, but wgmma one after the other is not what was written.
+    if let Some(loss) = said.lines().find(|line| line.contains("Potential Performance Loss")) {
+        bail!("{}: {loss}", source.display());
+    }
     let kernels = match arch {
         Arch::Sm90a => report::of_ptxas(&said)?,
         Arch::Gfx942 | Arch::Gfx950 => report::of_clang(&said)?,
