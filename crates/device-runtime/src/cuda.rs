@@ -147,8 +147,12 @@ impl Driver for Cuda {
     }
 
     unsafe fn copy_in(&self, to: u64, from: &[u8]) -> DeviceResult<()> {
-        // SAFETY: see above.
-        self.call("cuMemcpyHtoD", || unsafe { result::memcpy_htod_sync(to, from) })
+        // The call may return when the bytes are on their way; streams that do not wait for the default one would be too early.
+        // SAFETY: see above; the null handle is the default stream.
+        self.call("cuMemcpyHtoD", || unsafe {
+            result::memcpy_htod_sync(to, from)?;
+            result::stream::synchronize(ptr::null_mut())
+        })
     }
 
     unsafe fn copy_out(&self, to: &mut [u8], from: u64) -> DeviceResult<()> {
@@ -159,6 +163,36 @@ impl Driver for Cuda {
     unsafe fn copy(&self, to: u64, from: u64, bytes: usize, stream: Handle) -> DeviceResult<()> {
         // SAFETY: see above.
         self.call("cuMemcpyDtoDAsync", || unsafe { result::memcpy_dtod_async(to, from, bytes, raw(stream)) })
+    }
+
+    unsafe fn copy_rows(
+        &self,
+        (to, to_pitch): (u64, usize),
+        (from, from_pitch): (u64, usize),
+        (rows, row_bytes): (usize, usize),
+        stream: Handle,
+    ) -> DeviceResult<()> {
+        let on_device = sys::CUmemorytype::CU_MEMORYTYPE_DEVICE;
+        let copy = sys::CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: on_device,
+            srcHost: ptr::null(),
+            srcDevice: from,
+            srcArray: ptr::null_mut(),
+            srcPitch: from_pitch,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: on_device,
+            dstHost: ptr::null_mut(),
+            dstDevice: to,
+            dstArray: ptr::null_mut(),
+            dstPitch: to_pitch,
+            WidthInBytes: row_bytes,
+            Height: rows,
+        };
+        // SAFETY: see above; the driver reads the description before it returns.
+        self.call("cuMemcpy2DAsync", || unsafe { sys::cuMemcpy2DAsync_v2(&copy, raw(stream)) }.result())
     }
 
     unsafe fn fill(&self, to: u64, byte: u8, bytes: usize, stream: Handle) -> DeviceResult<()> {

@@ -28,6 +28,14 @@ pub(crate) trait Driver: Debug + Send + Sync {
     unsafe fn copy_in(&self, to: u64, from: &[u8]) -> DeviceResult<()>;
     unsafe fn copy_out(&self, to: &mut [u8], from: u64) -> DeviceResult<()>;
     unsafe fn copy(&self, to: u64, from: u64, bytes: usize, stream: Handle) -> DeviceResult<()>;
+    /// `size.0` rows of `size.1` bytes, which begin `to.1` and `from.1` bytes apart.
+    unsafe fn copy_rows(
+        &self,
+        to: (u64, usize),
+        from: (u64, usize),
+        size: (usize, usize),
+        stream: Handle,
+    ) -> DeviceResult<()>;
     unsafe fn fill(&self, to: u64, byte: u8, bytes: usize, stream: Handle) -> DeviceResult<()>;
 
     fn create_stream(&self) -> DeviceResult<Handle>;

@@ -48,6 +48,16 @@ functions! {
     hipMemcpyHtoD(*mut c_void, *mut c_void, usize);
     hipMemcpyDtoH(*mut c_void, *mut c_void, usize);
     hipMemcpyDtoDAsync(*mut c_void, *mut c_void, usize, sys::hipStream_t);
+    hipMemcpy2DAsync(
+        *mut c_void,
+        usize,
+        *const c_void,
+        usize,
+        usize,
+        usize,
+        sys::hipMemcpyKind,
+        sys::hipStream_t
+    );
     hipMemsetD8Async(*mut c_void, u8, usize, sys::hipStream_t);
     hipStreamCreateWithFlags(*mut sys::hipStream_t, c_uint);
     hipStreamDestroy(sys::hipStream_t);
@@ -230,6 +240,29 @@ impl Driver for Hip {
 
     unsafe fn copy(&self, to: u64, from: u64, bytes: usize, stream: Handle) -> DeviceResult<()> {
         call!(self, hipMemcpyDtoDAsync(raw(to), raw(from), bytes, raw(stream)))
+    }
+
+    unsafe fn copy_rows(
+        &self,
+        (to, to_pitch): (u64, usize),
+        (from, from_pitch): (u64, usize),
+        (rows, row_bytes): (usize, usize),
+        stream: Handle,
+    ) -> DeviceResult<()> {
+        let (from, kind): (*mut c_void, _) = (raw(from), sys::hipMemcpyKind::hipMemcpyDeviceToDevice);
+        call!(
+            self,
+            hipMemcpy2DAsync(
+                raw(to),
+                to_pitch,
+                from.cast_const(),
+                from_pitch,
+                row_bytes,
+                rows,
+                kind,
+                raw(stream)
+            )
+        )
     }
 
     unsafe fn fill(&self, to: u64, byte: u8, bytes: usize, stream: Handle) -> DeviceResult<()> {

@@ -4,7 +4,7 @@
 //! [`Unavailable`] with what was tried. HIP needs feature `hip`, which links the runtime of the ROCm that the build finds, or of
 //! Debian's `libamdhip64-dev` with `HIP_PATH=/usr`: compiled for gfx942/gfx950, not run.
 //!
-//! An engine that has a stream or buffers of its own lends them as raw handles ([`Runtime::lend_stream`], addresses in a kernel's
+//! An engine that has a stream or buffers of its own lends them as raw handles ([`Runtime::borrow_stream`], addresses in a kernel's
 //! params); nothing is copied, and no call but [`Stream::wait`], the copies to the host and [`Event::elapsed`] waits for the
 //! device.
 //!

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use fused_moe_core::DeviceMemory;
+use fused_moe_core::{Allocation, DType, Device, DeviceMemory, Layout, TensorView, TensorViewMut, ViewError};
 
 use crate::driver::Driver;
 use crate::error::DeviceResult;
@@ -23,6 +23,11 @@ impl DeviceBuffer {
         Ok(Self { driver: Arc::clone(driver), address, bytes })
     }
 
+    /// The device whose memory it is.
+    pub fn device(&self) -> Device {
+        self.driver.device()
+    }
+
     /// Where it is.
     pub fn address(&self) -> u64 {
         self.address
@@ -31,6 +36,30 @@ impl DeviceBuffer {
     /// Its size.
     pub fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// Its start as a tensor without gaps, to lend to a call. Whoever writes the buffer next waits for the stream of that call
+    /// first.
+    ///
+    /// # Errors
+    /// [`ViewError::OutOfBounds`] if it is shorter.
+    pub fn tensor(&self, dtype: DType, dims: &[usize]) -> Result<TensorView<'_>, ViewError> {
+        // SAFETY: the allocation is this buffer's, and borrowed: `write` and `fill` need it exclusively.
+        unsafe { TensorView::from_allocation(self.allocation(dtype), Layout::contiguous(dims)) }
+    }
+
+    /// As [`DeviceBuffer::tensor`], writable.
+    ///
+    /// # Errors
+    /// As [`DeviceBuffer::tensor`].
+    pub fn tensor_mut(&mut self, dtype: DType, dims: &[usize]) -> Result<TensorViewMut<'_>, ViewError> {
+        // SAFETY: the allocation is this buffer's, and borrowed exclusively.
+        unsafe { TensorViewMut::from_allocation(self.allocation(dtype), Layout::contiguous(dims)) }
+    }
+
+    fn allocation(&self, dtype: DType) -> Allocation {
+        let base = std::ptr::without_provenance_mut(self.address as usize);
+        Allocation { base, bytes: self.bytes, dtype, device: self.device() }
     }
 
     /// Copies `from` to its start, and waits until that is done.

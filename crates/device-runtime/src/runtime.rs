@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use fused_moe_core::{Device, DeviceAllocator, DeviceKind, DeviceMemory, Source};
+use fused_moe_core::{Device, DeviceAllocator, DeviceKind, DeviceMemory, DeviceStream, Source};
 
 use crate::cuda;
 use crate::driver::Driver;
@@ -112,12 +112,15 @@ impl Runtime {
         Stream::new(&self.driver)
     }
 
-    /// A stream that an engine lends, by its raw handle (`CUstream`, `hipStream_t`). It is not destroyed with the value.
+    /// A stream that an engine lends. It is not destroyed with the value, which is for the call that it was lent to.
     ///
-    /// # Safety
-    /// The handle is one of this device, in its primary context, and outlives the value and what is made with it.
-    pub unsafe fn lend_stream(&self, handle: u64) -> Stream {
-        Stream::lent(&self.driver, handle)
+    /// # Errors
+    /// The stream, if it is one of another device.
+    pub fn borrow_stream(&self, stream: DeviceStream) -> Result<Stream, DeviceStream> {
+        if stream.device() != self.device() {
+            return Err(stream);
+        }
+        Ok(Stream::lent(&self.driver, stream.handle()))
     }
 
     /// A new event, which takes times.

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use fused_moe_core::DeviceStream;
+
 use crate::driver::{Driver, Handle};
 use crate::error::DeviceResult;
 use crate::graph::Graph;
@@ -36,6 +38,57 @@ impl Stream {
     pub fn wait(&self) -> DeviceResult<()> {
         // SAFETY: the stream is alive.
         unsafe { self.driver.wait_stream(self.handle) }
+    }
+
+    /// The stream as calls of a layer take it.
+    ///
+    /// # Safety
+    /// As [`DeviceStream::new`]: nothing is called with it once `self` is gone.
+    pub unsafe fn lend(&self) -> DeviceStream {
+        // SAFETY: the handle is of this device's primary context; the caller vouches for the rest.
+        unsafe { DeviceStream::new(self.driver.device(), self.handle) }
+    }
+
+    /// Copies `rows` rows of `row_bytes` bytes in the device's memory, from and to addresses with their distance from one row
+    /// to the next in bytes, which is `row_bytes` at least. Waits for nothing.
+    ///
+    /// # Errors
+    /// Of the driver.
+    ///
+    /// # Safety
+    /// Both are memory of this device that stays there until the copy has been done, and nothing else writes it meanwhile.
+    pub unsafe fn copy_rows(
+        &self,
+        to: (u64, usize),
+        from: (u64, usize),
+        rows: usize,
+        row_bytes: usize,
+    ) -> DeviceResult<()> {
+        if rows == 0 || row_bytes == 0 {
+            return Ok(());
+        }
+        // One piece is a plain copy, which has no limit to the distance of rows.
+        if rows == 1 || (to.1 == row_bytes && from.1 == row_bytes) {
+            // SAFETY: the stream is alive; the caller vouches for the memory.
+            return unsafe { self.driver.copy(to.0, from.0, rows * row_bytes, self.handle) };
+        }
+        // SAFETY: as above.
+        unsafe { self.driver.copy_rows(to, from, (rows, row_bytes), self.handle) }
+    }
+
+    /// Sets `bytes` bytes from `to` on. Waits for nothing.
+    ///
+    /// # Errors
+    /// Of the driver.
+    ///
+    /// # Safety
+    /// As [`Stream::copy_rows`].
+    pub unsafe fn fill(&self, to: u64, byte: u8, bytes: usize) -> DeviceResult<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: as in `copy_rows`.
+        unsafe { self.driver.fill(to, byte, bytes, self.handle) }
     }
 
     /// Lets later work on this stream wait for `event`, without the host.

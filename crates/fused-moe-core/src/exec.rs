@@ -10,13 +10,36 @@ use crate::tensor::{Allocation, TensorViewMut};
 pub enum Stream {
     /// The calling thread; work is done when a call returns.
     Host,
-    /// A stream of a device runtime, as its raw handle (`CUstream`, `hipStream_t`).
-    Device {
-        /// The device the stream belongs to.
-        device: Device,
-        /// The raw handle.
-        handle: u64,
-    },
+    /// A stream of a device. Work is done when the stream has come to it; a call waits for nothing.
+    Device(DeviceStream),
+}
+
+/// A stream that an engine lends, by its raw handle.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceStream {
+    device: Device,
+    handle: u64,
+}
+
+impl DeviceStream {
+    /// The stream `handle` (`CUstream`, `hipStream_t`) of `device`.
+    ///
+    /// # Safety
+    /// It is a stream of the device's primary context and is not destroyed before the last call that is given the value has
+    /// returned. What such calls were lent in the device's memory stays there until the stream has come to the end of them.
+    pub unsafe fn new(device: Device, handle: u64) -> Self {
+        Self { device, handle }
+    }
+
+    /// The device it belongs to.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// The raw handle.
+    pub fn handle(&self) -> u64 {
+        self.handle
+    }
 }
 
 /// Alignment in bytes of every piece that an [`Arena`] hands out, if the memory under it has it, too; a

@@ -136,6 +136,7 @@ fn agree(config: &MoeConfig, plan: Option<&Plan>, group: &dyn ProcessGroup) -> R
     fields.push(("experts", plan.map_or("none", Plan::experts).to_string()));
     fields.push(("wire", plan.map_or("none".into(), |p| p.wire().to_string())));
     fields.push(("partial_sums", plan.map_or("none".into(), |p| p.partial_sums().to_string())));
+    fields.push(("accumulation", plan.map_or("none".into(), |p| p.accumulation().to_string())));
     fields.push(("max_rows", plan.map_or("none".into(), |p| p.max_rows().to_string())));
     if let Some(mismatch) = first_mismatch(group, &fields)? {
         let kind = ErrorKind::Mismatch(Box::new(mismatch));

@@ -41,7 +41,7 @@
 mod config;
 mod dtype;
 mod error;
-#[allow(unsafe_code)] // Hands out pieces of a lent range.
+#[allow(unsafe_code)] // Hands out pieces of a lent range, and takes streams that are lent.
 mod exec;
 mod experts;
 mod factory;
@@ -75,7 +75,8 @@ pub use placement::{
     ExpertMap, ExpertMask, ExpertPlacement, GlobalExpertId, LocalExpertId, NO_EXPERT, PlacementError, Rank,
 };
 pub use quantization::{
-    BLOCK, CombineWire, Fp8Format, Granularity, QuantScheme, ScaleLayout, ScaleOrder, ScaleSource, WireFormat,
+    Accumulation, BLOCK, CombineWire, Fp8Format, Granularity, QuantScheme, ScaleLayout, ScaleOrder,
+    ScaleSource, WireFormat,
 };
 pub use routing::{ExpertGroups, RoutingConfig, RoutingMethod, UnknownRoutingMethod};
 
@@ -83,7 +84,7 @@ pub use error::{Error, ErrorKind, Mismatch, Result, Source, Stage};
 pub use fault::Fault;
 pub use group::{ProcessGroup, SingleRank, first_mismatch};
 
-pub use exec::{ARENA_ALIGN, Arena, ExecCx, Stream};
+pub use exec::{ARENA_ALIGN, Arena, DeviceStream, ExecCx, Stream};
 pub use router::{Router, RouterInput, RouterOutput, TopK, TopKMut};
 pub use ticket::{Outstanding, Routed, Routing, Sent, TicketLedger, phase};
 

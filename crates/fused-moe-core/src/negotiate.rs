@@ -2,7 +2,7 @@
 
 use crate::config::MoeConfig;
 use crate::dtype::{DType, DeviceKind};
-use crate::quantization::{CombineWire, WireFormat};
+use crate::quantization::{Accumulation, CombineWire, WireFormat};
 use crate::reduce::TopKWeightAndReduce;
 
 /// What a refusal is about.
@@ -230,6 +230,8 @@ pub struct ExpertsCaps {
     pub weight_and_reduce: TopKWeightAndReduce,
     /// Whether it can multiply the routing weight in before the activation.
     pub weight_on_input: bool,
+    /// In what its GEMMs add up.
+    pub accumulation: Accumulation,
     /// Whether its calls can be captured in a graph.
     pub capturable: bool,
     /// Devices on which it runs.
@@ -247,6 +249,7 @@ impl ExpertsCaps {
             topk_id: DType::I32,
             weight_and_reduce: TopKWeightAndReduce::no_op(),
             weight_on_input: false,
+            accumulation: Accumulation::F32,
             capturable: false,
             devices: vec![DeviceKind::Host],
         }
@@ -309,6 +312,7 @@ pub struct Plan {
     router_weight: RouterWeight,
     partial_sums: PartialSums,
     combine_wire: CombineWire,
+    accumulation: Accumulation,
     in_place_output: bool,
     max_rows: usize,
 }
@@ -357,6 +361,11 @@ impl Plan {
     /// What the combine carries.
     pub fn combine_wire(&self) -> CombineWire {
         self.combine_wire
+    }
+
+    /// In what the experts' GEMMs add up.
+    pub fn accumulation(&self) -> Accumulation {
+        self.accumulation
     }
 
     /// Whether experts write into the backend's own combine buffer.
@@ -475,6 +484,7 @@ pub fn negotiate(
             router_weight,
             partial_sums: prepare.partial_sums,
             combine_wire: prepare.combine_wire,
+            accumulation: experts.accumulation,
             // The backend's own buffer has the shape of reduced rows.
             in_place_output: prepare.in_place_output && experts.weight_and_reduce.is_no_op(),
             max_rows: prepare.max_rows,

@@ -226,6 +226,36 @@ impl WireFormat {
     }
 }
 
+/// In what the GEMMs of experts add products up. Products themselves are exact.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Accumulation {
+    /// In f32, in whatever order and in however many parts.
+    #[default]
+    F32,
+    /// As tensor cores add FP8 products up: `step` at a time and the sum so far are aligned to the largest of them and cut to
+    /// `bits` bits behind its first one. Sums of `promoted` products are then added up in f32.
+    Aligned {
+        /// Bits that are kept behind the first one of the largest addend.
+        bits: u32,
+        /// Products that are added up at once.
+        step: usize,
+        /// Products after which a sum is added to one in f32; a multiple of `step`.
+        promoted: usize,
+    },
+}
+
+impl std::fmt::Display for Accumulation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Accumulation::F32 => f.write_str("f32"),
+            Accumulation::Aligned { bits, step, promoted } => {
+                write!(f, "{step} at a time in {bits} bits, {promoted} in f32")
+            }
+        }
+    }
+}
+
 /// What a combine carries, apart from sums that it makes on the way.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]

@@ -68,7 +68,8 @@ impl<'a> TensorView<'a> {
     /// A view of `layout` inside `allocation`.
     ///
     /// # Safety
-    /// `allocation` is readable on its device for `bytes` bytes and is not written until `'a` ends.
+    /// `allocation` is readable on its device for `bytes` bytes and is not written until `'a` ends, nor, on a device, before the
+    /// work that was put on its streams in the meantime has run.
     ///
     /// # Errors
     /// [`ViewError::OutOfBounds`] and [`ViewError::Misaligned`].
