@@ -8,7 +8,9 @@ use fused_moe_core::{
 use half::bf16;
 
 use crate::case::{Case, RankInput};
+use crate::device::{Bytes, Placed, TestDevice};
 use crate::oracle::Codes;
+use crate::outcome::{Check, fail};
 use crate::wire::Encoding;
 
 /// Garbage rows behind the valid ones.
@@ -208,6 +210,29 @@ impl Batch {
         Dispatched { hidden, scale, arrived, output: None }
     }
 
+    /// The rows on a device; how many there are stays on the host.
+    pub(crate) fn upload(&self, device: &dyn TestDevice) -> Check<Uploaded> {
+        if self.format != ActivationFormat::Standard {
+            return fail("on devices the suite makes rows of the standard format");
+        }
+        let (hidden, dtype) = match self.wire.scale {
+            Some(_) => (self.codes.to_bytes(), self.wire.payload),
+            None => (self.elements.to_bytes(), DType::Bf16),
+        };
+        let slots = [self.max_rows, self.top_k];
+        let per_row = self.wire.scales_per_token(self.hidden);
+        let scale = self.wire.scale.map(|_| {
+            Placed::upload(device, &self.scales.to_bytes(), (DType::F32, &[self.max_rows, per_row]))
+        });
+        Ok(Uploaded {
+            hidden: Placed::upload(device, &hidden, (dtype, &[self.max_rows, self.hidden]))?,
+            scale: scale.transpose()?,
+            ids: Placed::upload(device, &self.ids.to_bytes(), (DType::I32, &slots))?,
+            weights: Placed::upload(device, &self.weights.to_bytes(), (DType::F32, &slots))?,
+            rows: [self.num_rows() as i32],
+        })
+    }
+
     pub(crate) fn dispatched_monolithic(&self) -> DispatchedMonolithic<'_> {
         let (hidden, scale) = self.payload();
         DispatchedMonolithic {
@@ -217,6 +242,27 @@ impl Batch {
             rows: ReceivedRows(view(&self.counts, DType::I32, &[1])),
             output: None,
         }
+    }
+}
+
+/// A batch on a device.
+pub(crate) struct Uploaded {
+    hidden: Placed,
+    scale: Option<Placed>,
+    ids: Placed,
+    weights: Placed,
+    rows: [i32; 1],
+}
+
+impl Uploaded {
+    pub(crate) fn dispatched(&self) -> Check<Dispatched<'_>> {
+        let topk = TopK { ids: self.ids.view()?, weights: self.weights.view()? };
+        Ok(Dispatched {
+            hidden: self.hidden.view()?,
+            scale: self.scale.as_ref().map(Placed::view).transpose()?,
+            arrived: Arrived::Standard { topk, rows: ReceivedRows(view(&self.rows, DType::I32, &[1])) },
+            output: None,
+        })
     }
 }
 
@@ -248,6 +294,7 @@ pub(crate) fn plan_for(
     let mut comm = PrepareCaps::host("conformance_rows", caps.kind, vec![wire], max_rows);
     comm.format = caps.format;
     comm.topk_id = caps.topk_id;
+    comm.devices = vec![case.device];
     if caps.weight_and_reduce.is_delegate() {
         comm.combine = CombineKind::WeightAndReduce;
     }

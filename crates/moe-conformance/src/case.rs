@@ -153,6 +153,8 @@ pub struct Case {
     pub expert_bias: bool,
     /// Trailing columns that hold zeros in the tokens and garbage in the weights.
     pub padding: Padding,
+    /// Where tensors lie.
+    pub device: DeviceKind,
 }
 
 impl Case {
@@ -174,6 +176,7 @@ impl Case {
             activation: Activation::Silu,
             expert_bias: false,
             padding: Padding::default(),
+            device: DeviceKind::Host,
         }
     }
 
@@ -255,6 +258,7 @@ impl Case {
                 activation: Activation::Silu,
                 expert_bias: false,
                 padding: Padding::default(),
+                device: DeviceKind::Host,
             };
             case.affordable()
         };
@@ -285,6 +289,17 @@ impl Case {
         Self { nodes, ..self }
     }
 
+    /// The case on a device; but for the host with sizes that are multiples of 128, as kernels take them.
+    #[must_use]
+    pub fn on(mut self, device: DeviceKind) -> Self {
+        self.device = device;
+        if device != DeviceKind::Host {
+            self.hidden = self.hidden.next_multiple_of(fused_moe_core::BLOCK);
+            self.intermediate = self.intermediate.next_multiple_of(fused_moe_core::BLOCK);
+        }
+        self
+    }
+
     /// The case with a combine in the scheme's FP8 format, or OCP's.
     #[must_use]
     pub fn returning_fp8(self) -> Self {
@@ -307,7 +322,7 @@ impl Case {
         Shape { hidden: self.hidden, intermediate: self.intermediate, top_k: self.top_k }
     }
 
-    /// The configuration of the layer: bf16 on the host, room for a few more tokens than come.
+    /// The configuration of the layer: bf16, room for a few more tokens than come.
     pub fn config(&self) -> MoeConfig {
         MoeConfig {
             hidden: self.hidden,
@@ -334,7 +349,7 @@ impl Case {
             }),
             placement: self.placement.clone(),
             ranks_per_node: self.ep_size() / self.nodes,
-            device: DeviceKind::Host,
+            device: self.device,
         }
     }
 

@@ -30,14 +30,16 @@ pub(crate) fn run(provider: &Arc<dyn ExpertsProvider>, case: &'static str, setti
     };
     let provider = Arc::clone(provider);
     supervised(settings, move || {
-        let small = Case::small(quant, topology.ranks, settings.seed);
+        let kind = settings.device_kind();
+        let small = Case::small(quant, topology.ranks, settings.seed).on(kind);
         let target = Target { provider: &provider, kind: KernelKind::Modular, settings };
         let mut cases = Case::covering_part(quant, topology, settings.seed);
         if !matches!(check, "stage1weight") {
             cases.truncate(CASES_PER_TEST);
         }
-        let plain = Case::plain(quant, topology.ranks, settings.seed.derive(7));
+        let plain = Case::plain(quant, topology.ranks, settings.seed.derive(7)).on(kind);
         cases.insert(0, plain.clone());
+        let cases: Vec<Case> = cases.into_iter().map(|case| case.on(kind)).collect();
         match check {
             "oracle" => over(&cases, |case| batches::oracle(&target, case)),
             "gelu" | "gelutanh" | "swigluoai" | "clamped" | "bias" | "padding" | "gptoss"

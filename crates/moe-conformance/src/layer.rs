@@ -1,5 +1,7 @@
 //! A whole layer: comm and experts out of a registry, over ranks that are threads, against the oracle.
 
+mod on_device;
+
 use ep_transport::Endpoint;
 use fused_moe_core::{
     Arena, Call, DType, ExecCx, FusedMoEKernel, Logits, MakeError, Overlap, Plan, ProcessGroup, Registry,
@@ -61,7 +63,8 @@ pub(crate) fn check(registry: &Registry, case: &Case, selection: Selection<'_>, 
     let weights = case.weights();
     let layers = [weights.clone(), weights.rotated()];
     let outputs = on_ranks(case, settings, |group| {
-        Rank { registry, case, selection, rounds: &rounds, layers: &layers, group: &group }.run(plan)
+        Rank { registry, case, selection, settings, rounds: &rounds, layers: &layers, group: &group }
+            .run(plan)
     })?;
     if !settings.launcher.is_judge() {
         return Ok(());
@@ -153,6 +156,7 @@ struct Rank<'a> {
     registry: &'a Registry,
     case: &'a Case,
     selection: Selection<'a>,
+    settings: Settings,
     rounds: &'a [Vec<RankInput>; 2],
     layers: &'a [LayerWeights; 2],
     group: &'a Endpoint,
@@ -209,6 +213,9 @@ impl Rank<'_> {
         input: &RankInput,
         in_bf16: bool,
     ) -> Check<Vec<f32>> {
+        if let Some(device) = self.settings.device {
+            return on_device::round(device, self.case, kernel, weights, (input, in_bf16));
+        }
         let Case { hidden, top_k, num_experts, .. } = *self.case;
         let tokens = input.num_tokens;
         let mut wide = vec![f32::NAN; if in_bf16 { 0 } else { tokens * hidden }];

@@ -37,10 +37,15 @@
 //! Inputs are random and new in every run; a failure prints the seed. [`oracle::Layer`] and [`layer::run`] serve
 //! whoever wants to compare whole layers, [`saboteurs`] show that the suite finds what it is made to find.
 //!
-//! What it does not do: it measures no speed, knows no device memory, and its [reference](mod@reference) backends are slow.
+//! Backends on a device run by [`Settings::with_device`]: inputs are uploaded, outputs poisoned there and downloaded, sizes are
+//! multiples of 128, and every round of [`layer::run`] is repeated from a graph that was recorded on other tokens. Bounds are made
+//! as on the host, with what tensor cores cut off. Comms on a device are tested in layers alone.
+//!
+//! What it does not do: it measures no speed, and its [reference](mod@reference) backends are slow and on the host.
 
 #![forbid(unsafe_code)]
 
+mod device;
 mod seed;
 mod stored;
 
@@ -70,6 +75,7 @@ pub mod saboteurs;
 
 pub use bound::{Agreement, Expected, Rounding, TooFar};
 pub use case::{Case, EP_SIZES, LayerWeights, RankInput, RoutingPattern, SCHEMES, TokenCounts, Topology};
+pub use device::{Replay, TestDevice};
 pub use launcher::{GroupSpec, Launcher, Spmd, Threads};
 pub use metrics::{calc_diff, relative_l2};
 pub use outcome::{Outcome, Settings};

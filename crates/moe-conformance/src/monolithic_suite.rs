@@ -103,6 +103,7 @@ fn one_batch(
         activation: case.activation,
         padding: case.padding,
         router_weight: fused_moe_core::RouterWeight::OnOutput,
+        accumulation: fused_moe_core::Accumulation::F32,
         experts: &all,
         placement: &case.placement,
         rank,
@@ -113,6 +114,7 @@ fn one_batch(
         combine_wire: CombineWire::InDtype,
         partial_sums: PartialSums::None,
         output: DType::F32,
+        accumulation: fused_moe_core::Accumulation::F32,
         routes: true,
     };
     let mut verdict = fail("no candidate");

@@ -12,8 +12,8 @@ pub(crate) mod fp4;
 mod matrix;
 
 use fused_moe_core::{
-    Activation, CombineWire, DType, ExpertMatrices, ExpertPlacement, Padding, PartialSums, Plan, QuantScheme,
-    Rank, RouterWeight, ViewError,
+    Accumulation, Activation, CombineWire, DType, ExpertMatrices, ExpertPlacement, Padding, PartialSums,
+    Plan, QuantScheme, Rank, RouterWeight, ViewError,
 };
 use half::bf16;
 
@@ -170,6 +170,7 @@ impl Layer<'_> {
             combine_wire: CombineWire::InDtype,
             partial_sums: PartialSums::None,
             output: DType::F32,
+            accumulation: Accumulation::F32,
             routes: false,
         };
         let Expected { exact, .. } = self.expected(rounding)?;
@@ -205,6 +206,7 @@ impl Layer<'_> {
                 activation: self.activation,
                 padding: self.padding,
                 router_weight: self.router_weight,
+                accumulation: rounding.accumulation,
                 experts: self.experts,
                 placement: self.placement,
                 rank,

@@ -6,9 +6,10 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use ep_transport::{Endpoint, Poisoned};
-use fused_moe_core::Unsupported;
+use fused_moe_core::{DeviceKind, Unsupported};
 
 use crate::case::Case;
+use crate::device::TestDevice;
 use crate::launcher::{GroupSpec, Launcher, Portable, Threads, decode, encode};
 use crate::seed::Seed;
 
@@ -79,12 +80,14 @@ pub struct Settings {
     pub timeout: Duration,
     /// What ranks are.
     pub launcher: &'static dyn Launcher,
+    /// Where tensors lie; `None` for the host.
+    pub device: Option<&'static dyn TestDevice>,
 }
 
 impl Default for Settings {
     /// A fresh seed, threads, and 20 s: no round takes so long, on however busy a machine.
     fn default() -> Self {
-        Self { seed: Seed::fresh(), timeout: Duration::from_secs(20), launcher: &Threads }
+        Self { seed: Seed::fresh(), timeout: Duration::from_secs(20), launcher: &Threads, device: None }
     }
 }
 
@@ -108,6 +111,18 @@ impl Settings {
     pub fn with_launcher(mut self, launcher: &'static dyn Launcher) -> Self {
         self.launcher = launcher;
         self
+    }
+
+    /// The settings for backends whose tensors lie on `device`.
+    #[must_use]
+    pub fn with_device(mut self, device: &'static dyn TestDevice) -> Self {
+        self.device = Some(device);
+        self
+    }
+
+    /// Where tensors lie.
+    pub fn device_kind(&self) -> DeviceKind {
+        self.device.map_or(DeviceKind::Host, |device| device.memory().device().kind)
     }
 
     /// How long a case may take before it counts as hanging.

@@ -1,11 +1,11 @@
 //! From the outputs of pairs to the output of the layer: partial sums, their rounding, the sum over ranks.
 
-use fused_moe_core::{CombineWire, DType, KernelKind, PartialSums, Plan};
+use fused_moe_core::{Accumulation, CombineWire, DType, KernelKind, PartialSums, Plan};
 
-use super::Expected;
 use super::requantize::travelled;
 use super::rounding::to_bf16;
 use super::sums::{Bounded, U};
+use super::{Expected, MOST_ERROR, MOST_ERROR_CUT_OFF};
 
 /// Relative error of routing weights that experts compute themselves: 32 unit roundoffs, a softmax or sigmoid with
 /// its sum and quotient.
@@ -20,7 +20,7 @@ pub enum Returned {
     ExpertOutputs,
 }
 
-/// Where a layer rounds behind gemm2. Sums are f32 everywhere.
+/// Where a layer rounds behind gemm2, and in what its GEMMs add up. Other sums are f32 everywhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rounding {
     /// What travels back, in bf16.
@@ -31,6 +31,8 @@ pub struct Rounding {
     pub combine_wire: CombineWire,
     /// Element type of the layer's output.
     pub output: DType,
+    /// In what the GEMMs add products up.
+    pub accumulation: Accumulation,
     /// Whether the experts compute the routing weights, from logits.
     pub routes: bool,
 }
@@ -44,7 +46,8 @@ impl Rounding {
         };
         let routes = plan.kind() == KernelKind::Monolithic;
         let (partial_sums, combine_wire) = (plan.partial_sums(), plan.combine_wire());
-        Self { returned, partial_sums, combine_wire, output, routes }
+        let accumulation = plan.accumulation();
+        Self { returned, partial_sums, combine_wire, output, accumulation, routes }
     }
 }
 
@@ -195,7 +198,11 @@ impl Combine {
             // Where nothing is left to chance the bound is nothing; errors are easier to read in units of something.
             bound.push(output.error.max(U * output.value.abs()));
         }
-        Expected { exact: self.exact, want, bound }
+        let most_error = match self.rounding.accumulation {
+            Accumulation::Aligned { .. } => MOST_ERROR_CUT_OFF,
+            _ => MOST_ERROR,
+        };
+        Expected { exact: self.exact, want, bound, most_error }
     }
 }
 
@@ -210,6 +217,7 @@ mod tests {
         partial_sums: PartialSums::None,
         combine_wire: CombineWire::InDtype,
         output: DType::F32,
+        accumulation: Accumulation::F32,
         routes: false,
     };
 
@@ -247,7 +255,7 @@ mod tests {
     #[test]
     fn what_returns_is_rounded_once() {
         for returned in [Returned::PartialSums, Returned::ExpertOutputs] {
-            let Expected { exact, want, bound } = expected(returned, DType::F32, 1e-9);
+            let Expected { exact, want, bound, .. } = expected(returned, DType::F32, 1e-9);
             assert_eq!(
                 (exact[0], want[0], bound[0]),
                 (0.0, 0.0, 0.0),

@@ -5,7 +5,7 @@ use fused_moe_core::{CombineWire, Granularity, QuantScheme};
 use half::bf16;
 
 use super::rounding::{neighbours, to_bf16};
-use super::sums::{Bounded, U};
+use super::sums::{Bounded, DEVIATIONS, U};
 use crate::oracle::{Codec, Codes, fp4};
 
 /// Largest activations of a group that are tried one by one. More are possible only where a group is noise.
@@ -42,14 +42,21 @@ impl Moves {
     /// How far the product of the row with `weights` may move: elements each by themselves, the values of a group
     /// together.
     pub(crate) fn reach(&self, weights: &[f64]) -> f64 {
-        let elements = self.elements.iter().map(|&(column, by)| by * weights[column].abs());
+        let (mut elements, mut squares) = (0.0, 0.0);
+        for &(column, by) in &self.elements {
+            let by = by * weights[column].abs();
+            elements += by;
+            squares += by * by;
+        }
+        // Many do not all move to the same side.
+        let elements = elements.min(DEVIATIONS * f64::sqrt(squares));
         let scales = self.scales.iter().map(|group| {
             let weights = &weights[group.start..];
             let products =
                 group.moves.iter().map(|by| by.iter().zip(weights).map(|(d, w)| d * w).sum::<f64>());
             products.fold(0.0, |most: f64, product| most.max(product.abs()))
         });
-        elements.sum::<f64>() + scales.sum::<f64>()
+        elements + scales.sum::<f64>()
     }
 
     /// How far each value of the row may move.

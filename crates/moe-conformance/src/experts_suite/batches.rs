@@ -10,6 +10,7 @@ use super::{Target, local_experts};
 use crate::batch::{Batch, Receiver, plan_for, writable};
 use crate::bound::{Combine, Rounding};
 use crate::case::{Case, LayerWeights, RankInput};
+use crate::device::{Placed, TestDevice};
 use crate::oracle::{ArrivedRows, Codes, RankExperts};
 use crate::outcome::{Check, Outcome, chain, fail};
 
@@ -167,6 +168,7 @@ impl OneBatch<'_> {
             activation: self.case.activation,
             padding: self.case.padding,
             router_weight: plan.router_weight(),
+            accumulation: plan.accumulation(),
             experts: all,
             placement: &self.case.placement,
             rank: self.rank,
@@ -193,6 +195,9 @@ impl OneBatch<'_> {
         poison: Poison,
     ) -> Check<Result<Vec<bf16>>> {
         let dims = self.out_dims(plan);
+        if let Some(device) = self.target.settings.device {
+            return apply_on(device, (kernel, &dims), weights, rows, poison);
+        }
         let mut out = poison.output(dims.iter().product());
         let mut workspace = poison.workspace(kernel.workspace_bytes())?;
         let mut cx = ExecCx { stream: Stream::Host, workspace: workspace.arena() };
@@ -234,4 +239,24 @@ impl OneBatch<'_> {
         }
         sums.iter().map(|&x| x as f32).collect()
     }
+}
+
+/// One call on a device, in poisoned workspace and output.
+fn apply_on(
+    device: &dyn TestDevice,
+    (kernel, dims): (&dyn ExpertsModular, &[usize]),
+    weights: &ExpertWeights,
+    rows: &Batch,
+    poison: Poison,
+) -> Check<Result<Vec<bf16>>> {
+    let uploaded = rows.upload(device)?;
+    let mut out = Placed::filled(device, poison.byte(), (DType::Bf16, dims))?;
+    let bytes = kernel.workspace_bytes();
+    let mut workspace = Placed::filled(device, poison.byte(), (DType::U8, &[bytes]))?;
+    let mut cx = ExecCx { stream: device.stream(), workspace: Arena::new(workspace.view_mut()?) };
+    if let Err(error) = kernel.apply(&mut cx, weights, &uploaded.dispatched()?, out.view_mut()?) {
+        return Ok(Err(error));
+    }
+    let found = out.download(device)?;
+    Ok(Ok(found.as_chunks().0.iter().map(|&x| bf16::from_ne_bytes(x)).collect()))
 }

@@ -3,7 +3,7 @@
 use std::sync::Mutex;
 
 use fused_moe_core::{
-    Activation, ExpertMatrices, ExpertPlacement, GlobalExpertId, Padding, Rank, RouterWeight,
+    Accumulation, Activation, ExpertMatrices, ExpertPlacement, GlobalExpertId, Padding, Rank, RouterWeight,
 };
 
 use super::activation::activate;
@@ -24,6 +24,7 @@ pub(crate) struct RankExperts<'a> {
     pub(crate) activation: Activation,
     pub(crate) padding: Padding,
     pub(crate) router_weight: RouterWeight,
+    pub(crate) accumulation: Accumulation,
     /// All experts of the layer, by global id.
     pub(crate) experts: &'a [ExpertMatrices<'a>],
     pub(crate) placement: &'a ExpertPlacement,
@@ -111,8 +112,8 @@ impl RankExperts<'_> {
                 let x = &values[pair.row * hidden..][..hidden];
                 let early =
                     if self.router_weight == RouterWeight::OnInputByExperts { pair.weight } else { 1.0 };
-                let gate = Products::of(x, &gate_row).affine(early, gate_bias[column]);
-                let up = Products::of(x, &up_row).affine(early, up_bias[column]);
+                let gate = Products::of(x, &gate_row, self.accumulation).affine(early, gate_bias[column]);
+                let up = Products::of(x, &up_row, self.accumulation).affine(early, up_bias[column]);
                 let value = activate(self.activation, gate.value, up.value);
                 out[column] = activated(self.activation, gate, up, value);
             }
@@ -134,7 +135,7 @@ impl RankExperts<'_> {
             down.row(column, &mut down_row)?;
             for (pair, out) in pairs.clone().zip(out.chunks_exact_mut(hidden)) {
                 let x = &inputs.values[pair * intermediate..][..intermediate];
-                let mut output = Products::of(x, &down_row).affine(1.0, down_bias[column]);
+                let mut output = Products::of(x, &down_row, self.accumulation).affine(1.0, down_bias[column]);
                 output.error += inputs.moves[pair].reach(&down_row);
                 out[column] = output;
             }
