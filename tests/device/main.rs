@@ -2,10 +2,13 @@
 //!
 //! `cargo xtask gpu-pack` puts this program into a folder that runs on a machine with only a driver.
 
+mod conformance;
 mod experts;
+mod local;
 mod quantize;
 mod reference;
 mod runtime;
+mod saboteurs;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -32,7 +35,13 @@ fn trials(gpu: Gpu) -> Vec<Trial> {
         let gpu = Arc::clone(&gpu);
         Trial::test(format!("cuda::{name}"), move || test(&gpu))
     };
-    runtime::TESTS.into_iter().chain(quantize::TESTS).chain(experts::TESTS).map(on).collect()
+    runtime::TESTS
+        .into_iter()
+        .chain(quantize::TESTS)
+        .chain(experts::TESTS)
+        .chain(local::TESTS)
+        .map(on)
+        .collect()
 }
 
 /// A machine without the device must say so, and not panic.
@@ -49,7 +58,9 @@ fn main() -> ExitCode {
             vec![Trial::test("cuda::refused_without_a_device", move || is_refused(&error))]
         }
         Ok(runtime) => match Kernels::load(&runtime) {
-            Ok(kernels) => trials(Gpu { runtime, kernels }),
+            Ok(kernels) => {
+                trials(Gpu { runtime, kernels }).into_iter().chain(conformance::trials()).collect()
+            }
             Err(error) => vec![Trial::test("cuda::kernels_load", move || Err(error.into()))],
         },
     };
@@ -63,5 +74,14 @@ fn main() -> ExitCode {
             other => Err(format!("{other:?}").into()),
         }
     }));
-    libtest_mimic::run(&arguments, trials).exit_code()
+    trials.push(Trial::test("layers_are_refused_or_run", conformance::refused_or_run));
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    let is_whole = arguments.filter.is_none() && !arguments.list;
+    match conformance::floor() {
+        Err(why) if is_whole && !conclusion.has_failed() => {
+            println!("{why}");
+            ExitCode::FAILURE
+        }
+        _ => conclusion.exit_code(),
+    }
 }

@@ -11,7 +11,8 @@ use crate::steps::Steps;
 
 const README: &str = "\
 fmoe doctor                       what the machine has
-./device                          tests of the runtime and of every kernel on the first GPU
+./device                          tests of the runtime, of every kernel and of layers on the first GPU
+fmoe demo --device cuda           layers of made-up checkpoints, judged by the oracle
 fmoe bench quant --device cuda    a measurement; --json for benches/record
 ";
 

@@ -84,6 +84,8 @@ pub use aiter_experts;
 pub use batched_comm;
 #[cfg(feature = "batched")]
 pub use batched_experts;
+#[cfg(feature = "gpu")]
+pub use gpu_experts;
 #[cfg(feature = "mori")]
 pub use mori_comm;
 #[cfg(feature = "naive")]
@@ -148,5 +150,48 @@ pub fn backends(options: BackendOptions) -> Registry {
     let registry = registry
         .with_experts(trtllm_experts::TrtllmRoutedExperts::with_executor(executor))
         .with_experts(trtllm_experts::TrtllmExperts::with_executor(executor));
+    registry
+}
+
+/// The backends for layers that run on `device`: those of [`default_backends`] for the host, else those that this build has for
+/// such a device, with its memory.
+///
+/// A device that cannot be opened is no error here: every pair is refused with the reason.
+///
+/// ```
+/// use fused_moe::*;
+///
+/// let registry = fused_moe::backends_on(Device { kind: DeviceKind::Cuda, index: 1 << 20 });
+/// let config = MoeConfig {
+///     hidden: 256,
+///     intermediate: 128,
+///     top_k: 2,
+///     max_tokens_per_rank: 8,
+///     device: DeviceKind::Cuda,
+///     ..MoeConfig::new(ExpertPlacement::linear(8, 1)?)
+/// };
+/// let survey = registry.survey(&config, Selection::default())?;
+/// assert!(survey.fitting.is_empty());
+/// assert!(survey.refused.iter().all(|pair| pair.to_string().contains("no Cuda device")));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn backends_on(device: Device) -> Registry {
+    if device.kind == DeviceKind::Host {
+        return default_backends();
+    }
+    device_backends(kernels::Target::open(device))
+}
+
+/// As [`backends_on`], for a device that may be open already.
+pub fn device_backends(target: kernels::Target) -> Registry {
+    let registry = Registry::new();
+    let registry = match target.gpu() {
+        Ok(gpu) => registry.with_memory(std::sync::Arc::new(gpu.runtime().clone())),
+        Err(_) => registry,
+    };
+    #[cfg(feature = "naive")]
+    let registry = registry.with_comm(naive_comm::DeviceLocal::new(target.clone()));
+    #[cfg(feature = "gpu")]
+    let registry = registry.with_experts(gpu_experts::GpuExperts::new(target));
     registry
 }

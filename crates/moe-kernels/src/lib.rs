@@ -10,6 +10,7 @@
 pub mod aiter_co;
 mod arch;
 pub mod experts;
+mod gpu;
 pub mod grouped_gemm;
 #[cfg(feature = "host-simt")]
 pub mod host_simt;
@@ -26,6 +27,7 @@ pub mod sorting;
 pub mod weighted_sum;
 
 pub use arch::Arch;
+pub use gpu::{Gpu, LentError, OpenError, Target};
 pub use launch::{BadLaunch, Float, KernelParams, Launch};
 pub use loaded::{Kernels, LoadError};
 pub use registry::{NoObject, object, objects};

@@ -7,7 +7,7 @@
 //! | [`AllGatherReduceScatter`] | `allgather_reducescatter` | any | all-gather | reduce-scatter |
 //! | [`Naive`] | `naive` | any | all-gather | all-reduce |
 //!
-//! All three serve modular layers (ids and weights travel with the tokens) and monolithic ones (logits do),
+//! [`DeviceLocal`] is `local` in the memory of a GPU, for modular layers. On the host, all three serve modular layers (ids and weights travel with the tokens) and monolithic ones (logits do),
 //! carry bf16 or the scheme's FP8 with its scales, and lend the experts their combine buffer. Expert outputs
 //! travel in bf16 and are summed once, over the ranks in rank order in f32, so the same input gives the same
 //! bits.
@@ -49,7 +49,7 @@
 //! ```
 //!
 //! What it does not do: it sends every token to every rank, wherever its experts are (`mori-comm` sends one
-//! copy per rank that needs it); it has no hidden states but bf16, no device memory, and no batched
+//! copy per rank that needs it); it has no hidden states but bf16, between GPUs it moves nothing, and it has no batched
 //! activations.
 
 mod provider;
@@ -57,10 +57,12 @@ mod provider;
 mod handle;
 
 mod all_gather;
+mod device;
 mod exchange;
 mod local;
 
 mod row;
 mod sum;
 
+pub use device::DeviceLocal;
 pub use provider::{AllGatherReduceScatter, Local, Naive};
