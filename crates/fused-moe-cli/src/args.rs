@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use fused_moe::aiter_experts::SortPolicy;
+use fused_moe::{Device, DeviceKind};
 
 /// Expert-parallel MoE layers of Hugging Face checkpoints: run, plan, verify, measure.
 #[derive(Debug, Parser)]
@@ -147,9 +148,12 @@ pub struct LayerArgs {
     /// Ranks that share the experts.
     #[arg(long, value_name = "R", default_value_t = 1)]
     pub ep_size: usize,
-    /// Dispatch/combine backend.
-    #[arg(long, value_name = "NAME", default_value = "mori_high_throughput")]
-    pub all2all: String,
+    /// Where; a GPU holds one rank.
+    #[arg(long, value_enum, default_value_t = OnDevice::Host)]
+    pub device: OnDevice,
+    /// Dispatch/combine backend; mori_high_throughput if not given, on a GPU local.
+    #[arg(long, value_name = "NAME")]
+    pub all2all: Option<String>,
     /// Experts backend.
     #[arg(long, value_name = "NAME", default_value = "auto")]
     pub experts: String,
@@ -263,9 +267,12 @@ pub struct LaunchRankArgs {
 /// Arguments of `fmoe demo`.
 #[derive(Clone, Debug, Args)]
 pub struct DemoArgs {
-    /// Ranks that share the experts.
-    #[arg(long, value_name = "R", default_value_t = 8)]
-    pub ep_size: usize,
+    /// Where; a GPU holds one rank.
+    #[arg(long, value_enum, default_value_t = OnDevice::Host)]
+    pub device: OnDevice,
+    /// Ranks that share the experts; 8 if not given, on a GPU 1.
+    #[arg(long, value_name = "R")]
+    pub ep_size: Option<usize>,
     /// Tokens per layer call, over all ranks.
     #[arg(long, value_name = "T", default_value_t = 128)]
     pub tokens: usize,
@@ -314,6 +321,9 @@ pub struct PlanArgs {
 /// Arguments of `fmoe matrix`.
 #[derive(Clone, Copy, Debug, Args)]
 pub struct MatrixArgs {
+    /// Backends for layers that run there.
+    #[arg(long, value_enum, default_value_t = OnDevice::Host)]
+    pub device: OnDevice,
     /// Print a Markdown table, as it stands in the README.
     #[arg(long)]
     pub markdown: bool,
@@ -342,6 +352,18 @@ pub enum OnDevice {
     Cuda,
     /// The first AMD GPU.
     Hip,
+}
+
+impl OnDevice {
+    /// The device, the first of its kind.
+    pub const fn device(self) -> Device {
+        let kind = match self {
+            OnDevice::Host => DeviceKind::Host,
+            OnDevice::Cuda => DeviceKind::Cuda,
+            OnDevice::Hip => DeviceKind::Hip,
+        };
+        Device { kind, index: 0 }
+    }
 }
 
 /// Arguments of `fmoe bench quant`.

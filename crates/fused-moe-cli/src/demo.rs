@@ -4,13 +4,13 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use anyhow::{Context, anyhow};
-use fused_moe::{Rank, Registry};
+use fused_moe::{BLOCK, Rank, Registry};
 use half::bf16;
 use moe_checkpoint::Checkpoint;
 use rand::SeedableRng;
 use rand_pcg::Pcg64;
 
-use crate::args::{DemoArgs, LayerArgs, Quant};
+use crate::args::{DemoArgs, LayerArgs, OnDevice, Quant};
 use crate::ep::{self, LoadedLayer};
 use crate::eplb::Replicas;
 use crate::exit::{Failure, OrFailure, refused};
@@ -53,12 +53,19 @@ const MODELS: [Model; 3] = [
 
 const BACKENDS: [&str; 3] = ["mori_high_throughput", "allgather_reducescatter", "naive"];
 
+const ON_DEVICE: [&str; 1] = ["local"];
+
 /// More would not be a demonstration.
 const MAX_TOKENS: usize = 1 << 16;
 
 /// Runs the command.
 pub fn run(args: &DemoArgs) -> Result<(), Failure> {
-    if args.ep_size == 0 {
+    let (usual, backends, whole) = match args.device {
+        OnDevice::Host => (8, &BACKENDS[..], 1),
+        _ => (1, &ON_DEVICE[..], BLOCK),
+    };
+    let ep_size = args.ep_size.unwrap_or(usual);
+    if ep_size == 0 {
         return refused("--ep-size 0: at least one rank is needed");
     }
     if args.tokens > MAX_TOKENS {
@@ -75,7 +82,7 @@ pub fn run(args: &DemoArgs) -> Result<(), Failure> {
     };
     // New numbers every time; the seed is printed so that a failure can be repeated.
     let seed = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |t| t.as_nanos() as u64);
-    let registry = fused_moe::default_backends();
+    let registry = fused_moe::backends_on(args.device.device());
     let mut table = comfy_table::Table::new();
     table.load_preset(comfy_table::presets::UTF8_FULL_CONDENSED);
     table.set_header([
@@ -91,14 +98,22 @@ pub fn run(args: &DemoArgs) -> Result<(), Failure> {
         "error",
     ]);
     let mut failures = Vec::new();
-    let bar = progress((MODELS.len() * BACKENDS.len()) as u64, "running");
+    let bar = progress((MODELS.len() * backends.len()) as u64, "running");
     for model in MODELS {
+        // Kernels of devices take whole tiles.
+        let model = Model { intermediate: model.intermediate.next_multiple_of(whole), ..model };
         let folder: PathBuf = folder.join(model.name.replace(' ', "-"));
         model.write(&folder, seed).or_failed()?;
         let checkpoint = Checkpoint::open(&folder).or_failed()?;
         let hidden = hidden_states(args.tokens, model.hidden, seed);
-        for backend in BACKENDS {
-            let subject = Demo { registry: &registry, checkpoint: &checkpoint, hidden: &hidden, args };
+        for &backend in backends {
+            let subject = Demo {
+                registry: &registry,
+                checkpoint: &checkpoint,
+                hidden: &hidden,
+                ep_size,
+                device: args.device,
+            };
             let (row, passes) = subject.run(backend)?;
             if !passes {
                 failures.push(format!("{} with {backend}", model.name));
@@ -108,10 +123,14 @@ pub fn run(args: &DemoArgs) -> Result<(), Failure> {
         }
     }
     bar.finish_and_clear();
-    let DemoArgs { tokens, ep_size, .. } = args;
+    let tokens = args.tokens;
+    let times = match args.device {
+        OnDevice::Host => "times are those of the slowest rank, in ms",
+        _ => "times of stages are those to enqueue them, in ms; the total is with copies",
+    };
     print(format_args!(
         "{tokens} tokens over {ep_size} ranks in threads of this process, seed {seed}\n{table}\n\
-         times are those of the slowest rank, in ms; sent is what the transport counted between ranks;\n\
+         {times}; sent is what the transport counted between ranks;\n\
          error is the relative L2 distance to the f64 oracle, which quantises where the layer does"
     ))
     .or_failed()?;
@@ -133,17 +152,19 @@ struct Demo<'d> {
     registry: &'d Registry,
     checkpoint: &'d Checkpoint,
     hidden: &'d HiddenStates,
-    args: &'d DemoArgs,
+    ep_size: usize,
+    device: OnDevice,
 }
 
 impl Demo<'_> {
     /// One row of the table, and whether every element is within its bound.
     fn run(&self, backend: &str) -> Result<(Vec<String>, bool), Failure> {
-        let ranks = self.args.ep_size;
+        let ranks = self.ep_size;
         let args = LayerArgs {
             layer: None,
             ep_size: ranks,
-            all2all: backend.to_string(),
+            device: self.device,
+            all2all: Some(backend.to_string()),
             experts: "auto".into(),
             quant: Quant::Auto,
             combine_quant: Default::default(),

@@ -61,7 +61,7 @@ fn look_at(kind: DeviceKind) -> Result<KindReport, Failure> {
         Ok(devices) => (devices, None),
         Err(unavailable) => (Vec::new(), Some(unavailable.to_string())),
     };
-    let registry = fused_moe::default_backends();
+    let registry = fused_moe::backends_on(Device { kind, index: 0 });
     let config = MoeConfig { device: kind, ..matrix::config(1)? };
     let survey = registry.survey(&config, Selection::default()).or_failed()?;
     let usable = survey.fitting.iter().map(|plan| format!("{} x {}", plan.comm(), plan.experts())).collect();

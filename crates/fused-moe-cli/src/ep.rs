@@ -8,13 +8,15 @@ use anyhow::{anyhow, bail};
 use fused_moe::router::{HostRouter, add_gate_bias, gate_logits, shared_expert_gate};
 use fused_moe::transport::{Endpoint, ThreadOptions, Traffic, run_ranks, transport_of};
 use fused_moe::{
-    Call, DType, Error, ErrorKind, ExecCx, ExpertWeights, FusedMoEKernel, KernelBytes, Logits, Overlap,
-    ProcessGroup, Rank, Registry, Router, Selection, SingleRank, Stage, StageTimes, Stream, TensorView,
-    TensorViewMut, TopK, TopKMut, Workspace,
+    Call, DType, DeviceKind, Error, ErrorKind, ExecCx, ExpertWeights, FusedMoEKernel, KernelBytes, Logits,
+    Overlap, ProcessGroup, Rank, Registry, Router, Selection, SingleRank, Stage, StageTimes, Stream,
+    TensorView, TensorViewMut, TopKMut, Workspace,
 };
+use half::bf16;
 use moe_checkpoint::MoeLayer;
 
 use crate::eplb::Replicas;
+use crate::lane::{Lane, Routed};
 use crate::layer::SharedLayer;
 use crate::part::{Blame, RemoteFailure};
 use crate::tokens::{HiddenStates, LayerOutput};
@@ -167,6 +169,7 @@ struct RankRun<'l> {
     router: HostRouter,
     kernel: FusedMoEKernel,
     shared: Option<FusedMoEKernel>,
+    lane: Lane,
 }
 
 impl<'l> RankRun<'l> {
@@ -184,7 +187,8 @@ impl<'l> RankRun<'l> {
             }
             None => None,
         };
-        Ok(Self { layer, router: HostRouter::new(layer.stored.routing())?, kernel, shared })
+        let lane = Lane::open(layer.replicas.config.device)?;
+        Ok(Self { layer, router: HostRouter::new(layer.stored.routing())?, kernel, shared, lane })
     }
 
     fn run(
@@ -216,7 +220,7 @@ impl<'l> RankRun<'l> {
             ids: TensorViewMut::from_slice(&mut topk_ids, DType::I32, &[tokens, top_k])?,
             weights: TensorViewMut::from_slice(&mut topk_weights, DType::F32, &[tokens, top_k])?,
         };
-        let mut workspace = Workspace::new(config.device, 0)?;
+        let mut workspace = Workspace::new(DeviceKind::Host, 0)?;
         self.router.route(&mut ExecCx { stream: Stream::Host, workspace: workspace.arena() }, logits, out)?;
         let mut slots = vec![0i32; tokens * top_k];
         table.map(top_k, &topk_ids, &mut slots)?;
@@ -224,26 +228,24 @@ impl<'l> RankRun<'l> {
 
         let mut routed = vec![0f32; tokens * width];
         let mut shared = vec![0f32; tokens * width];
-        let layer = self.layer;
+        let (layer, lane) = (self.layer, &self.lane);
         let mut shared_experts = |_: Stream| -> fused_moe::Result<()> {
             let Some(kernel) = &mut self.shared else { return Ok(()) };
             let start = Instant::now();
-            let done = run_shared(layer, kernel, x, &mut shared);
+            let done = run_shared((layer, lane), kernel, (rows, tokens), &mut shared);
             times.shared = start.elapsed();
             done.map_err(|e| Error::other(Stage::Experts, "shared-experts", e))
         };
         let overlap = Overlap { dispatch: None, combine: Some(&mut shared_experts) };
-        let out = TensorViewMut::from_slice(&mut routed, DType::F32, &[tokens, width])?;
         match &mut self.kernel {
             FusedMoEKernel::Modular(kernel) => {
-                let routing = TopK {
-                    ids: TensorView::from_slice(&slots, DType::I32, &[tokens, top_k])?,
-                    weights: TensorView::from_slice(&topk_weights, DType::F32, &[tokens, top_k])?,
-                };
-                kernel.apply(Call { stream: Stream::Host, weights, hidden: x, routing, overlap, out })?;
+                let dims = [tokens, width, top_k];
+                let tokens = Routed { hidden: rows, ids: &slots, weights: &topk_weights, dims };
+                lane.apply(kernel, weights, tokens, overlap, &mut routed)?;
             }
             FusedMoEKernel::Monolithic(kernel) => {
-                let routing = Logits(logits);
+                let (routing, out) =
+                    (Logits(logits), TensorViewMut::from_slice(&mut routed, DType::F32, &[tokens, width])?);
                 kernel.apply(Call { stream: Stream::Host, weights, hidden: x, routing, overlap, out })?;
             }
         }
@@ -269,34 +271,23 @@ impl<'l> RankRun<'l> {
 
 /// The shared experts on this rank's own tokens: a layer of one expert, weighted by the sigmoid gate or by 1.
 fn run_shared(
-    layer: &LoadedLayer<'_>,
+    (layer, lane): (&LoadedLayer<'_>, &Lane),
     kernel: &mut FusedMoEKernel,
-    x: TensorView<'_>,
+    (rows, tokens): (&[bf16], usize),
     out: &mut [f32],
 ) -> anyhow::Result<()> {
     let (Some(shared), FusedMoEKernel::Modular(kernel)) = (layer.shared, kernel) else {
         bail!("the shared experts are not a modular layer");
     };
-    let tokens = x.dims()[0];
-    let ids = vec![0i32; tokens];
+    let (ids, width) = (vec![0i32; tokens], layer.replicas.config.hidden);
     let mut factors = vec![1f32; tokens];
     if let Some(gate) = &shared.sigmoid_gate {
-        let width = layer.replicas.config.hidden;
+        let x = TensorView::from_slice(rows, DType::Bf16, &[tokens, width])?;
         let gate = TensorView::from_slice(gate, DType::F32, &[1, width])?;
         shared_expert_gate(x, gate, TensorViewMut::from_slice(&mut factors, DType::F32, &[tokens, 1])?)?;
     }
-    kernel.apply(Call {
-        stream: Stream::Host,
-        weights: &shared.weights,
-        hidden: x,
-        routing: TopK {
-            ids: TensorView::from_slice(&ids, DType::I32, &[tokens, 1])?,
-            weights: TensorView::from_slice(&factors, DType::F32, &[tokens, 1])?,
-        },
-        overlap: Overlap::default(),
-        out: TensorViewMut::from_slice(out, DType::F32, &[tokens, layer.replicas.config.hidden])?,
-    })?;
-    Ok(())
+    let routed = Routed { hidden: rows, ids: &ids, weights: &factors, dims: [tokens, width, 1] };
+    lane.apply(kernel, &shared.weights, routed, Overlap::default(), out)
 }
 
 /// How many errors `error` consists of, with its causes.

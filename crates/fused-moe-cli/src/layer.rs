@@ -10,7 +10,7 @@ use grouped_gemm::Executor;
 use moe_checkpoint::{Checkpoint, ExpertTensors, MoeLayer};
 use rayon::prelude::*;
 
-use crate::args::{CombineQuant, LayerArgs, Quant};
+use crate::args::{CombineQuant, LayerArgs, OnDevice, Quant};
 use crate::eplb::Replicas;
 use crate::exit::{Failure, OrFailure, refused};
 use crate::weights::LoadedExpert;
@@ -95,7 +95,7 @@ pub fn config(layer: &MoeLayer<'_>, args: &LayerArgs, max_tokens: usize) -> Resu
         routing: Some(layer.routing()),
         placement: ExpertPlacement::linear(model.num_experts(), args.ep_size).or_refused()?,
         ranks_per_node,
-        device: DeviceKind::Host,
+        device: args.device.device().kind,
     })
 }
 
@@ -112,8 +112,12 @@ pub fn backends(args: &LayerArgs) -> Registry {
     tuned_backends(args, None)
 }
 
-/// The same, multiplying with `executor` if there is one.
+/// The same, multiplying with `executor` if there is one and the layer runs on the host.
 pub fn tuned_backends(args: &LayerArgs, executor: Option<Executor>) -> Registry {
+    let device = args.device.device();
+    if device.kind != DeviceKind::Host {
+        return fused_moe::backends_on(device);
+    }
     let mut options = BackendOptions::default();
     options.sort_policy = args.sort_policy;
     options.executor = executor;
@@ -122,7 +126,9 @@ pub fn tuned_backends(args: &LayerArgs, executor: Option<Executor>) -> Registry 
 
 /// The backends that the arguments name.
 pub fn selection(args: &LayerArgs) -> Selection<'_> {
-    Selection { comm: Some(&args.all2all), experts: (args.experts != "auto").then_some(&args.experts) }
+    let usual = if args.device == OnDevice::Host { "mori_high_throughput" } else { "local" };
+    let comm = args.all2all.as_deref().unwrap_or(usual);
+    Selection { comm: Some(comm), experts: (args.experts != "auto").then_some(&args.experts) }
 }
 
 /// The pair that would run, and the verdict on all others.

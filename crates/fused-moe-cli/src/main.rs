@@ -18,6 +18,7 @@ mod ep;
 mod eplb;
 mod exit;
 mod geometry;
+mod lane;
 #[cfg(target_os = "linux")]
 mod launcher;
 mod layer;

@@ -4,8 +4,8 @@
 use std::collections::BTreeSet;
 
 use fused_moe::{
-    Activation, ExpertGroups, ExpertPlacement, Fp8Format, Granularity, MoeConfig, Padding, Plan, QuantScheme,
-    Registry, RoutingConfig, RoutingMethod, ScaleSource, Selection, Survey, WireFormat,
+    Activation, DeviceKind, ExpertGroups, ExpertPlacement, Fp8Format, Granularity, MoeConfig, Padding, Plan,
+    QuantScheme, Registry, RoutingConfig, RoutingMethod, ScaleSource, Selection, Survey, WireFormat,
 };
 use serde::Serialize;
 
@@ -38,8 +38,9 @@ struct Cell {
 
 /// Runs the command.
 pub fn run(args: MatrixArgs) -> Result<(), Failure> {
-    let registry = fused_moe::default_backends();
-    let surveys = Surveys::all(&registry)?;
+    let device = args.device.device();
+    let registry = fused_moe::backends_on(device);
+    let surveys = Surveys::all(&registry, device.kind)?;
     if args.json {
         let cells = surveys.0.iter().flat_map(|(topology, surveys)| {
             surveys.iter().zip(SCHEMES).map(|(survey, scheme)| Cell {
@@ -51,12 +52,16 @@ pub fn run(args: MatrixArgs) -> Result<(), Failure> {
         });
         return print_json(&cells.collect::<Vec<_>>()).or_failed();
     }
+    let ran = match device.kind {
+        DeviceKind::Host => "all of it ran on the host.".to_string(),
+        kind => format!("this is for {kind:?}."),
+    };
     let parts = [
         pairs(&registry, &surveys, args.markdown).to_string(),
-        "A cell names what travels in dispatch; all of it ran on the host. `-` is refused. These pairs fit nowhere:".into(),
+        format!("A cell names what travels in dispatch; {ran} `-` is refused. These pairs fit nowhere:"),
         misfits(&registry, &surveys),
         "What each experts backend does beside its schemes, over its best scheme:".into(),
-        features(&registry, args.markdown)?.to_string(),
+        features(&registry, device.kind, args.markdown)?.to_string(),
     ];
     print(parts.join("\n\n")).or_failed()
 }
@@ -65,10 +70,10 @@ pub fn run(args: MatrixArgs) -> Result<(), Failure> {
 struct Surveys(Vec<(&'static str, Vec<Survey>)>);
 
 impl Surveys {
-    fn all(registry: &Registry) -> Result<Self, Failure> {
+    fn all(registry: &Registry, device: DeviceKind) -> Result<Self, Failure> {
         let topologies = TOPOLOGIES.iter().map(|&(ranks, ranks_per_node, name)| {
             let survey = |&quant: &QuantScheme| {
-                let config = MoeConfig { quant, ranks_per_node, ..config(ranks)? };
+                let config = MoeConfig { quant, ranks_per_node, device, ..config(ranks)? };
                 registry.survey(&config, Selection::default()).or_failed()
             };
             Ok((name, SCHEMES.iter().map(survey).collect::<Result<_, Failure>>()?))
@@ -181,8 +186,9 @@ fn misfits(registry: &Registry, surveys: &Surveys) -> String {
 }
 
 /// One row per property of a layer, one column per experts backend.
-fn features(registry: &Registry, markdown: bool) -> Result<comfy_table::Table, Failure> {
-    let base = config(8)?;
+fn features(registry: &Registry, device: DeviceKind, markdown: bool) -> Result<comfy_table::Table, Failure> {
+    let ranks = if device == DeviceKind::Host { 8 } else { 1 };
+    let base = MoeConfig { device, ..config(ranks)? };
     let llama = RoutingConfig { method: RoutingMethod::Llama4, top_k: 1, ..routing(&base) };
     let with = |name: String, config: MoeConfig| (name, config);
     let activation =

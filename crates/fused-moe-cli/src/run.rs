@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 use fused_moe::transport::Endpoint;
-use fused_moe::{Plan, Rank, Registry};
+use fused_moe::{DeviceKind, Plan, Rank, Registry};
 use indicatif::{ProgressBar, ProgressStyle};
 use moe_checkpoint::{Checkpoint, MoeLayer};
 use serde::Serialize;
@@ -34,6 +34,7 @@ struct Report {
     layer: usize,
     tokens: usize,
     ep_size: usize,
+    device: String,
     scheme: String,
     plan: PlanReport,
     rejected: Vec<RejectedReport>,
@@ -103,6 +104,7 @@ fn run_with(args: &RunArgs, job: Option<&Endpoint>) -> Result<(), Failure> {
         layer: stored.index(),
         tokens: hidden.tokens,
         ep_size: config.ep_size(),
+        device: format!("{:?}", config.device).to_lowercase(),
         scheme: config.quant.to_string(),
         plan: (&plan).into(),
         rejected: survey.refused.iter().map(Into::into).collect(),
@@ -137,6 +139,13 @@ fn run_with(args: &RunArgs, job: Option<&Endpoint>) -> Result<(), Failure> {
             report.load.max_over_mean,
         ))
         .or_failed()?;
+        if config.device != DeviceKind::Host {
+            let device = &report.device;
+            print(format_args!(
+                "on {device}: times of stages are those to enqueue them; the total is with copies"
+            ))
+            .or_failed()?;
+        }
         if let Some(v) = verdict {
             print(format_args!(
                 "against the oracle: {:.3} of the error bound at worst (relative L2 error: routed {:.2e}, output {:.2e})",

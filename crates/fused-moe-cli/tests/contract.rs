@@ -36,6 +36,9 @@ fn run(options: &str) -> Run {
 #[case::empty_nodes("--gpus-per-node 0", &["--gpus-per-node 0"])]
 #[case::local_over_ranks("--ep-size 2 --all2all local", &["local", "parallelism", "2 ranks"])]
 #[case::unknown_option("--fast", &["--fast"])]
+#[case::unknown_device("--device tpu", &["tpu", "host", "cuda"])]
+#[case::no_driver_of_amd("--device hip", &["device", "no Hip device"])]
+#[case::backend_of_the_host("--device cuda --all2all naive", &["unknown all2all backend", "naive", "local"])]
 fn bad_arguments_are_refused(#[case] options: &str, #[case] words: &[&str]) {
     run(options).refused(2, words);
 }
