@@ -5,20 +5,24 @@ use std::ops::Range;
 use crate::activations::PairRange;
 use crate::aligned::floats;
 use crate::epilogue::{RowTerms, join_gate_up};
-use crate::kernel::{BlockScales, Kernel, TILE_ROWS, Tile};
+use crate::kernel::{Ahead, BlockScales, Kernel, TILE_ROWS, Tile};
 use crate::panel::{BLOCK_PAIRS, PANEL, PanelPairs};
 use crate::sink::RowSink;
 use crate::tasks::{CHUNK_ROWS, SUM_PANELS, Task};
 use crate::weights::PackedWeight;
 use crate::{Epilogue, GroupedGemm};
 
-/// K pairs for which a full chunk of rows is packed at once. The rows (192 KiB), the panel that they
-/// meet (128 KiB) and the sums (96 KiB) share an L2 of 1 MiB.
+/// K pairs for which a full chunk of rows is packed at once. The rows (192 KiB), the sums (96 KiB), and the runs of a panel
+/// that are multiplied and fetched share an L2 of 1 MiB.
 const CHUNK_PAIRS: usize = 512;
-/// Most K pairs at once when a panel is used for several tiles, so that it stays in L2 (256 KiB).
-const REUSED_PAIRS: usize = 1024;
 /// K pairs of codes that are widened at once for several tiles, 16 KiB: they stay in L1.
 const DECODED_PAIRS: usize = BLOCK_PAIRS;
+/// K pairs of a bf16 panel that all tiles multiply before the next, 32 KiB: it stays in L1.
+const RUN_PAIRS: usize = 2 * BLOCK_PAIRS;
+/// Least tiles that share a run for which the next is fetched by request: four make a line per pair.
+const FETCHING_TILES: usize = 4;
+/// Least K pairs from what is multiplied to what is fetched.
+const AHEAD_PAIRS: usize = 2 * BLOCK_PAIRS;
 /// Words between packed rows, which keeps rows of a tile off each other's L1 sets.
 const ROW_GAP: usize = 16;
 const SUM_COLUMNS: usize = SUM_PANELS * PANEL;
@@ -89,7 +93,15 @@ impl<'a, K: Kernel> Worker<'a, K> {
                     is_packed = pairs.len() == shape.pairs();
                 }
                 for panel in panels.clone() {
-                    self.multiply(weight, panel, (panel - first) * PANEL, packed);
+                    let next = if panel + 1 < panels.end {
+                        Some((panel + 1, pairs.start))
+                    } else if end < shape.pairs() {
+                        Some((first, end))
+                    } else {
+                        Some((panels.end, 0)).filter(|&(panel, _)| panel < shape.panels())
+                    };
+                    let next = next.map(|(panel, from)| weight.panel(panel).slice(from..shape.pairs()));
+                    self.multiply(weight, panel, (panel - first) * PANEL, (packed, next));
                 }
             }
             self.store(gemm, weight, &task.rows, panels, sink);
@@ -110,58 +122,93 @@ impl<'a, K: Kernel> Worker<'a, K> {
         }
     }
 
-    /// Adds the packed rows times `panel` to the sums from column `column` on.
-    fn multiply<W: PackedWeight>(&mut self, weight: &W, panel: usize, column: usize, packed: Packed) {
+    /// Adds the packed rows times `panel` to the sums from column `column` on. `next` is what is multiplied after it.
+    fn multiply<W: PackedWeight>(
+        &mut self,
+        weight: &W,
+        panel: usize,
+        column: usize,
+        (packed, next): (Packed, Option<PanelPairs<'_>>),
+    ) {
         let shape = weight.shape();
-        let PairRange { start, end, .. } = packed.pairs;
-        let lines = weight.panel(panel).slice(start..end);
-        let tiles = packed.rows.div_ceil(TILE_ROWS);
-        let decodes = match lines {
-            PanelPairs::Bf16(_) => false,
-            PanelPairs::Fp8 { .. } => packed.rows > self.fp8_tile_rows,
-            PanelPairs::Fp4(_) => true,
+        let Packed { rows: total, pairs: PairRange { start, end, .. }, .. } = packed;
+        let (lines, pairs) = (weight.panel(panel).slice(start..end), packed.pairs.len());
+        let few = self.fp8_tile_rows;
+        let (decodes, first_tile) = match lines {
+            PanelPairs::Bf16(_) | PanelPairs::Widened(_) => (false, 0),
+            PanelPairs::Fp8 { .. } => (total > few, few),
+            PanelPairs::Fp4(_) => (true, 0),
         };
-        let step = if decodes { DECODED_PAIRS } else { packed.pairs.len() };
+        let tiles = if decodes && first_tile > 0 {
+            1 + (total - first_tile).div_ceil(TILE_ROWS)
+        } else {
+            total.div_ceil(TILE_ROWS)
+        };
+        let step = match (decodes, tiles) {
+            (true, _) => DECODED_PAIRS,
+            (false, 1) => pairs,
+            (false, _) => RUN_PAIRS,
+        };
+        // Few tiles read memory faster than they could ask for it, and better leave that to the processor.
+        let fetches = decodes || tiles >= FETCHING_TILES;
         let column_scales = weight.terms().scale.as_ref().and_then(|scale| scale.blocks(panel, shape));
-        for from in (0..packed.pairs.len()).step_by(step) {
-            let to = (from + step).min(packed.pairs.len());
-            let mut lines = lines.slice(from..to);
-            match lines {
-                PanelPairs::Fp8 { codes, kind } if decodes => {
-                    let words = &mut self.decoded[..codes.len() / 2];
-                    self.kernel.decode_panel(kind, codes, words);
-                    lines = PanelPairs::Bf16(words);
-                }
-                PanelPairs::Fp4(run) => {
-                    let words = &mut self.decoded[..run.words()];
-                    self.kernel.vectorize(
-                        #[inline(always)]
-                        || run.decode(self.kernel, words),
-                    );
-                    lines = PanelPairs::Bf16(words);
-                }
-                _ => {}
+        for from in (0..pairs).step_by(step) {
+            let lines = [Some(lines), next];
+            let run = run_of(lines, pairs, from..from + step);
+            let ahead = from + step.max(AHEAD_PAIRS);
+            let ahead = match run_of(lines, pairs, ahead..ahead + step) {
+                Some(run) if fetches => Ahead::of(run),
+                _ => Ahead::NOTHING,
+            };
+            let Some(run) = run else { return };
+            if let PanelPairs::Fp4(run) = run {
+                let words = &mut self.decoded[..run.words()];
+                self.kernel.vectorize(
+                    #[inline(always)]
+                    || run.decode(self.kernel, words),
+                );
             }
             let block = from / BLOCK_PAIRS;
             let mut row = 0;
             for tile in 0..tiles {
                 // Rows are spread evenly: no tile is left with a single row next to full ones.
-                let rows = (packed.rows - row).div_ceil(tiles - tile);
+                let mut rows = (total - row).div_ceil(tiles - tile);
+                let widens = decodes && first_tile > 0 && tile == 0;
+                if widens {
+                    rows = rows.min(first_tile);
+                }
                 let scales = BlockScales {
                     rows: packed.scale_pitch.map(|pitch| &self.scales[row * pitch + block..]),
                     row_pitch: packed.scale_pitch.unwrap_or(0),
                     columns: column_scales.map(|scales| &scales[start / BLOCK_PAIRS + block..]),
                 };
                 let is_scaled = scales.rows.is_some() || scales.columns.is_some();
-                let tile = Tile {
+                let operands = Tile {
                     rows,
                     words: &self.operands[row * packed.pitch + from..],
                     pitch: packed.pitch,
                     sums: &mut self.sums[row * SUM_COLUMNS + column..],
                     sums_pitch: SUM_COLUMNS,
                     scales: is_scaled.then_some(scales),
+                    ahead: ahead.part(tile, tiles),
                 };
-                self.kernel.multiply(tile, lines);
+                match run {
+                    PanelPairs::Fp8 { codes, kind } if decodes => {
+                        let words = &mut self.decoded[..codes.len() / 2];
+                        match (widens, tile) {
+                            (true, _) => self.kernel.multiply_decoding(operands, kind, codes, words),
+                            (false, 0) => {
+                                self.kernel.decode_panel(kind, codes, words);
+                                self.kernel.multiply(operands, PanelPairs::Widened(words));
+                            }
+                            (false, _) => self.kernel.multiply(operands, PanelPairs::Widened(words)),
+                        }
+                    }
+                    PanelPairs::Fp4(run) => {
+                        self.kernel.multiply(operands, PanelPairs::Widened(&self.decoded[..run.words()]));
+                    }
+                    run => self.kernel.multiply(operands, run),
+                }
                 row += rows;
             }
         }
@@ -216,11 +263,24 @@ impl Packed {
     }
 }
 
+/// Pairs `run` of two runs one after the other, of which the first has `pairs`, as far as they are in one of them.
+fn run_of<'p>(
+    [this, next]: [Option<PanelPairs<'p>>; 2],
+    pairs: usize,
+    run: Range<usize>,
+) -> Option<PanelPairs<'p>> {
+    if run.start < pairs {
+        return Some(this?.slice(run.start..run.end.min(pairs)));
+    }
+    let (next, start) = (next?, run.start - pairs);
+    let end = (run.end - pairs).min(next.pairs());
+    (start < end).then(|| next.slice(start..end))
+}
+
 /// K pairs that are packed at once: all the scratch holds, in whole scale blocks.
 fn pairs_at_once(rows: usize) -> usize {
-    let most = if rows > TILE_ROWS { REUSED_PAIRS } else { usize::MAX };
     let fit = OPERAND_WORDS / rows - ROW_GAP;
-    (fit / BLOCK_PAIRS * BLOCK_PAIRS).min(most)
+    fit / BLOCK_PAIRS * BLOCK_PAIRS
 }
 
 #[cfg(test)]

@@ -294,6 +294,11 @@ impl Fp4Pairs<'_> {
         }
     }
 
+    /// A byte per pair and column.
+    pub(crate) fn codes(&self) -> &[u8] {
+        self.codes
+    }
+
     /// Number of operand words.
     pub(crate) fn words(&self) -> usize {
         self.codes.len()

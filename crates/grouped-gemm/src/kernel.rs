@@ -3,6 +3,7 @@
 use quant::fp4::VALUES;
 
 use crate::Fp8Kind;
+use crate::aligned::LINE;
 use crate::panel::{PANEL, PanelPairs};
 
 /// Most rows of a tile: 6 rows of 64 columns are 24 AVX-512 accumulators, which leaves 8 registers
@@ -22,6 +23,13 @@ pub(crate) trait Kernel: Copy + Send + Sync {
     /// Every element of the result is one chain of additions in ascending K, whatever the number of
     /// rows and however K is cut into calls: this is what makes a row's bits independent of its batch.
     fn multiply(self, tile: Tile<'_>, panel: PanelPairs<'_>);
+
+    /// As [`multiply`](Self::multiply) of a run of fp8 pairs, which is widened to `words` on the way, in the order of a
+    /// bf16 panel. A tile of at most [`FP8_TILE_ROWS`](Self::FP8_TILE_ROWS).
+    fn multiply_decoding(self, tile: Tile<'_>, kind: Fp8Kind, codes: &[u8], words: &mut [u32]) {
+        self.decode_panel(kind, codes, words);
+        self.multiply(tile, PanelPairs::Widened(words));
+    }
 
     /// Widens codes to operand words, two neighbours to a word; an odd last one gets a zero half.
     fn decode_row(self, kind: Fp8Kind, codes: &[u8], words: &mut [u32]);
@@ -70,6 +78,39 @@ pub(crate) struct Tile<'a> {
     pub(crate) sums_pitch: usize,
     /// Scales of every 128 of K, if there are any. The panel then starts at a multiple of 128.
     pub(crate) scales: Option<BlockScales<'a>>,
+    /// What to fetch meanwhile, as far as a line per pair goes.
+    pub(crate) ahead: Ahead,
+}
+
+/// Memory that tiles to come will read. Each of those that share a run of a panel fetches a part of it, so that memory
+/// delivers all the time and not only under the first of them.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead {
+    /// Nothing is read through it but by prefetches.
+    pub(crate) first: *const u8,
+    /// Cache lines.
+    pub(crate) lines: usize,
+}
+
+impl Ahead {
+    pub(crate) const NOTHING: Ahead = Ahead { first: std::ptr::null(), lines: 0 };
+
+    pub(crate) fn of(run: PanelPairs<'_>) -> Self {
+        let (first, bytes) = match run {
+            PanelPairs::Bf16(words) | PanelPairs::Widened(words) => {
+                (words.as_ptr().cast(), size_of_val(words))
+            }
+            PanelPairs::Fp8 { codes, .. } => (codes.as_ptr(), codes.len()),
+            PanelPairs::Fp4(run) => (run.codes().as_ptr(), run.codes().len()),
+        };
+        Ahead { first, lines: bytes / LINE }
+    }
+
+    /// Part `part` of `parts`.
+    pub(crate) fn part(self, part: usize, parts: usize) -> Self {
+        let at = |part: usize| part * self.lines / parts;
+        Ahead { first: self.first.wrapping_add(at(part) * LINE), lines: at(part + 1) - at(part) }
+    }
 }
 
 /// Scales that apply to each 128 of K: `sums += row * column * products`.

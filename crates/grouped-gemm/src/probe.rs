@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::Isa;
 use crate::aligned::Aligned;
-use crate::kernel::{Kernel, TILE_ROWS, Tile};
+use crate::kernel::{Ahead, Kernel, TILE_ROWS, Tile};
 use crate::panel::{PANEL, PanelPairs};
 use crate::portable::Portable;
 
@@ -52,6 +52,7 @@ fn peak_of_tiles(kernel: impl Kernel, threads: NonZeroUsize) -> f64 {
                     sums: &mut sums,
                     sums_pitch: PANEL,
                     scales: None,
+                    ahead: Ahead::NOTHING,
                 };
                 kernel.multiply(tile, PanelPairs::Bf16(std::hint::black_box(&panel)));
             }
