@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use device_runtime::{Graph, Runtime, Stream};
 use fused_moe::{ExpertsProvider, MakeError, Registry, Selection, SingleRank, kernels};
-use fused_moe_core::{DType, DeviceAllocator, DeviceKind, Source, TensorView, Workspace};
+use fused_moe_core::{DType, DeviceAllocator, DeviceKind, ExpertPlacement, Source, TensorView, Workspace};
 use gpu_experts::GpuExperts;
 use libtest_mimic::{Failed, Trial};
 use moe_conformance::{Case, Outcome, Replay, SCHEMES, Seed, Settings, Suite, TestDevice, layer};
@@ -152,6 +152,23 @@ pub fn trials() -> Vec<Trial> {
                 judged(layer::run(&registry, &case, Selection::default(), settings(&gpu)?))
             }));
         }
+    }
+    // Sums as long as those of a model, of which tensor cores cut off more.
+    for (name, quant) in &SCHEMES[..3] {
+        let gpu = gpu.clone();
+        let placement = ExpertPlacement::linear(16, 1).expect("one rank holds them");
+        let sizes = Case {
+            hidden: 2048,
+            intermediate: 768,
+            num_experts: 16,
+            top_k: 8,
+            ..Case::plain(*quant, 1, Seed::fresh())
+        };
+        let case = Case { placement, tokens: vec![37], ..sizes };
+        trials.push(Trial::test(format!("cuda::layer::{name}::large"), move || {
+            let registry = fused_moe::device_backends(Target::from(gpu.clone()));
+            judged(layer::run(&registry, &case.on(DeviceKind::Cuda), Selection::default(), settings(&gpu)?))
+        }));
     }
     trials.extend(crate::saboteurs::trials(&gpu));
     trials

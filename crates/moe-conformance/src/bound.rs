@@ -42,8 +42,10 @@
 //!
 //! That makes the error of a sum some 10⁻³ of it, so that an activation near the middle of two codes is uncertain far more often, and with
 //! it the scale of its group. Every element still has its own bound, but it is wide where `K` is large; that of the whole is therefore
-//! narrower there: a relative L2 error of 0.04 instead of a quarter. An activation whose sum is off by `e` takes the next code, `δ` further,
-//! with a probability of `e/δ`, so that the error in the mean square is `√(e·δ)` of it, with `e` ≈ 10⁻³ and `δ` ≈ 1/12 near one percent.
+//! narrower there, a relative L2 error of 1/8 instead of a quarter: that is a step of E4M3, and what an output is off by that hangs on one
+//! activation which took the next code. Most hang on many. One whose sum is off by `e` takes the next code, `δ` further, with a
+//! probability of `e/δ`, so that the error in the mean square is `√(e·δ)`, near one percent with `e` ≈ 10⁻³ and `δ` ≈ 1/12; 0.2 to 1
+//! percent is what layers on an H200 are off by.
 //!
 //! # 2. The activation function
 //!
@@ -121,6 +123,10 @@
 //! NVFP4             1.6e-3     6.4e-3   7.5e-3     1.7e-3     6.1e-3   7.2e-3
 //! ```
 //!
+//! Where tensor cores cut sums off, scales of groups and many codes are uncertain, and bounds are of another size: `bound` is 0.33 and
+//! 0.26 for FP8 1x128 and PTPC on the left, 0.31 and 0.28 on the right. Elements of a wrong layer are further off than that, or the
+//! whole is by more than 1/8.
+//!
 //! It grows with both `K` and `k`, because a partial sum of `k · intermediate` uncertain terms lies near a boundary of
 //! bf16 the more often the more terms there are. At the sizes of the suite, `K` ≤ 384, it is 2e-5 to 1e-3 in the
 //! median over cases, 83 to 99 of a hundred elements must agree to 10⁻⁵, and right backends have the oracle's own
@@ -145,8 +151,8 @@ use crate::metrics::{calc_diff, relative_l2};
 /// Relative L2 error above which a layer is wrong whatever its bound: where f32 sums resolve nothing, nothing is
 /// verified.
 const MOST_ERROR: f64 = 0.25;
-/// The same for sums that tensor cores cut off: a few times what codes that are off by one cost.
-const MOST_ERROR_CUT_OFF: f64 = 0.04;
+/// The same for sums that tensor cores cut off: what an output is off by that hangs on one activation which took the next code.
+const MOST_ERROR_CUT_OFF: f64 = 0.125;
 
 /// What the oracle expects of a layer, `[tokens, hidden]` each.
 #[derive(Clone, Debug, PartialEq)]
