@@ -17,7 +17,7 @@ const INLINE: usize = 1024;
 
 /// Stage 1 on the host for every [`RoutingMethod`](fused_moe_core::RoutingMethod).
 ///
-/// Arithmetic is f32. Methods that choose without a bias choose by the logits themselves, which order as the
+/// Arithmetic is f32, of operations that have the same bits everywhere. Methods that choose without a bias choose by the logits themselves, which order as the
 /// probabilities do but neither underflow nor saturate; only DeepSeek-V3, which adds up scores of a group,
 /// always chooses by scores. Ties go to the lower id. A row whose logits are all −inf gets the lowest
 /// admissible ids with weight 0. One call works on one thread and allocates nothing for up to 1024 experts.

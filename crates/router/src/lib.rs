@@ -40,6 +40,7 @@
 
 mod best;
 mod config;
+mod elementary;
 pub mod eplb;
 mod gate;
 mod host;
@@ -52,4 +53,5 @@ pub mod survivors;
 pub use config::RoutingError;
 pub use gate::{add_gate_bias, gate_logits, shared_expert_gate};
 pub use host::HostRouter;
+pub use recipe::{Division, Grouping, Recipe, Score};
 pub use slots::{HashTable, SharedSlots};

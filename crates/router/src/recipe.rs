@@ -1,13 +1,15 @@
 //! What the routing methods consist of.
 
-use fused_moe_core::RoutingMethod;
+use fused_moe_core::{RoutingConfig, RoutingMethod};
+
+use crate::config::{RoutingError, check};
 
 /// Added to the sum that weights are divided by where the models do so.
 const EPSILON: f32 = 1e-20;
 
 /// The weight of an expert before any division, as a function of the logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Score {
+pub enum Score {
     /// Softmax over all experts.
     Softmax,
     /// Softmax over the chosen experts.
@@ -22,7 +24,7 @@ pub(crate) enum Score {
 
 /// How a group of experts is ranked among the groups.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Grouping {
+pub enum Grouping {
     /// The method has no groups.
     None,
     /// By its best member, by the sum of its best two where a bias chooses; the groups must be given.
@@ -33,23 +35,40 @@ pub(crate) enum Grouping {
 
 /// Whether weights are divided by their sum plus an epsilon.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum Division {
+pub enum Division {
+    /// They are not.
     Never,
+    /// If [`RoutingConfig::renormalize`] says so.
     IfAsked(f32),
+    /// They are.
     Always(f32),
 }
 
-/// A routing method as the steps that it shares with others.
+/// A routing method as the steps that it shares with others: what a router on a device is told.
+///
+/// Where a bias is given or groups count as [`Grouping::BestTwo`], scores plus bias choose; otherwise logits do. See
+/// [`HostRouter`](crate::HostRouter) for the rest.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Recipe {
-    pub(crate) score: Score,
-    pub(crate) grouping: Grouping,
+pub struct Recipe {
+    /// What an expert weighs.
+    pub score: Score,
+    /// How groups are ranked.
+    pub grouping: Grouping,
     /// Whether a correction bias may be given.
-    pub(crate) biased: bool,
-    pub(crate) division: Division,
+    pub biased: bool,
+    /// What becomes of the weights.
+    pub division: Division,
 }
 
 impl Recipe {
+    /// The steps of the method of `config`, which is checked as [`HostRouter::new`](crate::HostRouter::new) checks it.
+    ///
+    /// # Errors
+    /// [`RoutingError`].
+    pub fn new(config: &RoutingConfig) -> Result<Self, RoutingError> {
+        check(config)
+    }
+
     /// The steps of `method`; `None` for one that this router does not have.
     pub(crate) fn of(method: RoutingMethod) -> Option<Self> {
         use Division::{Always, IfAsked, Never};

@@ -1,19 +1,24 @@
 //! Scores of experts and groups.
 
+use crate::elementary::{exp, ln_1p};
 use crate::recipe::{Division, Score};
+
+/// Terms of a softmax are counted in units of 2⁻⁴⁰ of the largest, as an integer: a sum that no order of terms changes,
+/// so that lanes of a device may add them up in theirs. 2²³ experts fit.
+const UNITS: f32 = (1u64 << 40) as f32;
 
 /// 1 / (1 + e⁻ˣ), which is 0 for −inf.
 pub(crate) fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + (-x).exp())
+    1.0 / (1.0 + exp(-x))
 }
 
 /// √ln(1 + eˣ), which is 0 for −inf.
 fn sqrt_softplus(x: f32) -> f32 {
     if x < -20.0 {
         // ln(1 + eˣ) is eˣ to 1e-9 there, and its root is normal long after eˣ has underflowed.
-        (0.5 * x).exp()
+        exp(0.5 * x)
     } else {
-        (x.max(0.0) + (-x.abs()).exp().ln_1p()).sqrt()
+        (x.max(0.0) + ln_1p(exp(-x.abs()))).sqrt()
     }
 }
 
@@ -28,7 +33,7 @@ pub(crate) fn score_all(score: Score, logits: &[f32], scores: &mut [f32]) {
         Score::Logit => each(scores, |l| l),
         Score::Softmax | Score::SoftmaxOfChosen => {
             scores.copy_from_slice(logits);
-            softmax(scores);
+            softmax_over(logits, scores);
         }
     }
 }
@@ -79,9 +84,11 @@ pub(crate) fn best_two_score(members: &[f32]) -> f32 {
 /// Replaces the logits `chosen` by their part in the softmax of `logits`.
 fn softmax_over(logits: &[f32], chosen: &mut [f32]) {
     let max = max_score(logits);
-    let sum: f32 = if max.is_finite() { logits.iter().map(|l| (l - max).exp()).sum() } else { 0.0 };
+    let units: u64 =
+        if max.is_finite() { logits.iter().map(|l| (exp(l - max) * UNITS) as u64).sum() } else { 0 };
+    let sum = units as f32 / UNITS;
     for c in chosen {
-        *c = if sum > 0.0 { (*c - max).exp() / sum } else { 0.0 };
+        *c = if sum > 0.0 { exp(*c - max) / sum } else { 0.0 };
     }
 }
 
@@ -89,7 +96,7 @@ fn softmax_over(logits: &[f32], chosen: &mut [f32]) {
 fn softmax(logits: &mut [f32]) {
     let max = max_score(logits);
     if max.is_finite() {
-        logits.iter_mut().for_each(|l| *l = (*l - max).exp());
+        logits.iter_mut().for_each(|l| *l = exp(*l - max));
         divide_by_sum(logits, 0.0);
     } else {
         logits.fill(0.0);
