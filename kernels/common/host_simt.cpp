@@ -192,6 +192,20 @@ u64 ballot(bool holds) {
     return bits;
 }
 
+u32 largest(u32 value) {
+    const u32 *given = give(value);
+    u32 result = 0;
+    for (u32 lane = 0; lane < machine->warp; lane++) result = given[lane] > result ? given[lane] : result;
+    return result;
+}
+
+u32 sum(u32 value) {
+    const u32 *given = give(value);
+    u32 result = 0;
+    for (u32 lane = 0; lane < machine->warp; lane++) result += given[lane];
+    return result;
+}
+
 void *shared(const void *key, u64 bytes) {
     auto &arrays = machine->block->arrays;
     for (Array &array : arrays) {

@@ -34,6 +34,9 @@ void sync_block();
 u32 exchange(u32 value, u32 from);
 // A bit for each lane of the warp, by what it gives in the same call.
 u64 ballot(bool holds);
+// Of what all lanes of the warp give in the same call.
+u32 largest(u32 value);
+u32 sum(u32 value);
 // The block's array for `key`, of `bytes`; poisoned when the first thread asks for it.
 void *shared(const void *key, u64 bytes);
 // Lets other threads run, as a loop that waits for another block must.

@@ -18,11 +18,22 @@
 //   shuffle(v, from)            v of lane `from`
 //   lanes_where(holds)          for each lane of the warp, a bit
 //   any_lane(holds)             whether it holds in any lane of the warp
+//   max_lanes(v) sum_lanes(v)   of u32 over the lanes of the warp
 //   MOE_SHARED(T, name, count)  an array in shared memory; nothing is in it at first
 //   to_fp8x4(a, b, c, d, max)   codes of four numbers clamped to ±max, lowest byte first; rounded to nearest, ties to even;
 //                               NaN has one code
 //   max_u16x2(a, b)             the larger of each half
-//   count_bits(bits)            of 64
+//   count_bits(bits) first_bit(bits)  of 64; the lowest of those that are set
+//   add_bytes(word, sum)        sum and the four bytes of a word
+//   within(x, low, high)        the nearest number that is; of one that is not NaN
+//   square_root(x)              rounded once
+//   fetch_or(p, v)              atomic within the block, on its shared memory; what was there before
+//   fetch_max(p, v)             atomic on the device's memory; what was there before
+//   fetch_add(p, v)             the same, ordered before and after: acquire and release
+//   load_acquire(p)             u32 of the device's memory by which a block is told that others have written theirs
+//   afresh(v)                   v; what is computed from it is not kept from one round of a loop to the next, where registers are few
+//   in_turn()                   what is before it and what is behind it are not computed at the same time, where registers are few
+//   pause()                     in a loop that waits for another block
 //   load_once(p) store_once(p, v)   memory that is touched once and should not stay in the caches
 //
 // FP8 is FNUZ on gfx942 and OCP elsewhere: `FP8_FNUZ`. Nothing here includes a header of a toolkit.

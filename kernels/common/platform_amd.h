@@ -33,8 +33,43 @@ MOE_DEVICE float shuffle(float v, u32 from) { return from_bits(shuffle(to_bits(v
 template <class T> MOE_DEVICE T shuffle_xor(T v, u32 mask) { return shuffle(v, lane() ^ mask); }
 MOE_DEVICE u64 lanes_where(bool holds) { return __builtin_amdgcn_ballot_w64(holds); }
 MOE_DEVICE bool any_lane(bool holds) { return lanes_where(holds) != 0; }
+MOE_DEVICE u32 max_lanes(u32 v) {
+    MOE_UNROLL for (u32 mask = WARP / 2; mask > 0; mask /= 2) {
+        const u32 other = shuffle_xor(v, mask);
+        v = v > other ? v : other;
+    }
+    return v;
+}
+MOE_DEVICE u32 sum_lanes(u32 v) {
+    MOE_UNROLL for (u32 mask = WARP / 2; mask > 0; mask /= 2) v += shuffle_xor(v, mask);
+    return v;
+}
 
 MOE_DEVICE u32 count_bits(u64 bits) { return u32(__builtin_popcountll(bits)); }
+MOE_DEVICE u32 first_bit(u64 bits) { return u32(__builtin_ctzll(bits)); }
+MOE_DEVICE u32 add_bytes(u32 word, u32 sum) { return __builtin_amdgcn_sad_u8(word, 0, sum); }
+MOE_DEVICE float within(float x, float low, float high) { return __builtin_amdgcn_fmed3f(x, low, high); }
+MOE_DEVICE float square_root(float x) { return __builtin_sqrtf(x); }
+
+MOE_DEVICE u32 fetch_or(u32 *p, u32 v) {
+    return __hip_atomic_fetch_or(p, v, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_WORKGROUP);
+}
+MOE_DEVICE u32 fetch_max(u32 *p, u32 v) {
+    return __hip_atomic_fetch_max(p, v, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+}
+MOE_DEVICE u32 fetch_add(u32 *p, u32 v) {
+    return __hip_atomic_fetch_add(p, v, __ATOMIC_ACQ_REL, __HIP_MEMORY_SCOPE_AGENT);
+}
+MOE_DEVICE u32 load_acquire(const u32 *p) {
+    return __hip_atomic_load(p, __ATOMIC_ACQUIRE, __HIP_MEMORY_SCOPE_AGENT);
+}
+// Scalar registers are what is few; this is a vector register.
+MOE_DEVICE u32 afresh(u32 v) {
+    asm volatile("" : "+v"(v));
+    return v;
+}
+MOE_DEVICE void in_turn() { __builtin_amdgcn_sched_barrier(0); }
+MOE_DEVICE void pause() { __builtin_amdgcn_s_sleep(1); }
 
 MOE_DEVICE u32 max_u16x2(u32 a, u32 b) {
     typedef u16 pair __attribute__((ext_vector_type(2)));

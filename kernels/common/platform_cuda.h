@@ -20,11 +20,34 @@ template <class T> MOE_DEVICE T shuffle_xor(T v, u32 mask) { return __shfl_xor_s
 template <class T> MOE_DEVICE T shuffle(T v, u32 from) { return __shfl_sync(~0u, v, from); }
 MOE_DEVICE u64 lanes_where(bool holds) { return __ballot_sync(~0u, holds); }
 MOE_DEVICE bool any_lane(bool holds) { return __any_sync(~0u, holds); }
+MOE_DEVICE u32 max_lanes(u32 v) { return __reduce_max_sync(~0u, v); }
+MOE_DEVICE u32 sum_lanes(u32 v) { return __reduce_add_sync(~0u, v); }
 
 MOE_DEVICE float from_bits(u32 bits) { return __uint_as_float(bits); }
 MOE_DEVICE u32 to_bits(float x) { return __float_as_uint(x); }
 
 MOE_DEVICE u32 count_bits(u64 bits) { return u32(__popcll(bits)); }
+MOE_DEVICE u32 first_bit(u64 bits) { return u32(__ffsll(i64(bits)) - 1); }
+MOE_DEVICE u32 add_bytes(u32 word, u32 sum) { return __dp4a(word, 0x01010101u, sum); }
+MOE_DEVICE float within(float x, float low, float high) { return fminf(fmaxf(x, low), high); }
+MOE_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
+
+MOE_DEVICE u32 fetch_or(u32 *p, u32 v) { return atomicOr(p, v); }
+MOE_DEVICE u32 fetch_max(u32 *p, u32 v) { return atomicMax(p, v); }
+MOE_DEVICE u32 fetch_add(u32 *p, u32 v) {
+    u32 before;
+    asm volatile("atom.add.acq_rel.gpu.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(v) : "memory");
+    return before;
+}
+MOE_DEVICE u32 load_acquire(const u32 *p) {
+    u32 v;
+    asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+MOE_DEVICE u32 afresh(u32 v) { return v; }
+MOE_DEVICE void in_turn() {}
+// A load takes longer than a pause should.
+MOE_DEVICE void pause() {}
 
 MOE_DEVICE u32 max_u16x2(u32 a, u32 b) {
     u32 r;

@@ -69,8 +69,37 @@ template <class T> T shuffle(T v, u32 from) {
 template <class T> T shuffle_xor(T v, u32 mask) { return shuffle(v, lane() ^ mask); }
 inline u64 lanes_where(bool holds) { return simt::ballot(holds); }
 inline bool any_lane(bool holds) { return lanes_where(holds) != 0; }
+inline u32 max_lanes(u32 v) { return simt::largest(v); }
+inline u32 sum_lanes(u32 v) { return simt::sum(v); }
 
 inline u32 count_bits(u64 bits) { return u32(__builtin_popcountll(bits)); }
+inline u32 first_bit(u64 bits) { return u32(__builtin_ctzll(bits)); }
+inline u32 add_bytes(u32 word, u32 sum) {
+    return sum + (word & 0xff) + (word >> 8 & 0xff) + (word >> 16 & 0xff) + (word >> 24);
+}
+inline float within(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+inline float square_root(float x) { return __builtin_sqrtf(x); }
+
+// Fibers of one thread: nothing comes between the two halves of an atomic operation.
+inline u32 fetch_or(u32 *p, u32 v) {
+    const u32 before = *p;
+    *p = before | v;
+    return before;
+}
+inline u32 fetch_max(u32 *p, u32 v) {
+    const u32 before = *p;
+    *p = before > v ? before : v;
+    return before;
+}
+inline u32 fetch_add(u32 *p, u32 v) {
+    const u32 before = *p;
+    *p = before + v;
+    return before;
+}
+inline u32 load_acquire(const u32 *p) { return *p; }
+inline u32 afresh(u32 v) { return v; }
+inline void in_turn() {}
+inline void pause() { simt::yield(); }
 
 inline u32 max_u16x2(u32 a, u32 b) {
     const u32 low = (a & 0xffff) > (b & 0xffff) ? a & 0xffff : b & 0xffff;

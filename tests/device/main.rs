@@ -7,6 +7,7 @@ mod experts;
 mod local;
 mod quantize;
 mod reference;
+mod router;
 mod runtime;
 mod saboteurs;
 
@@ -40,6 +41,7 @@ fn trials(gpu: Gpu) -> Vec<Trial> {
         .chain(quantize::TESTS)
         .chain(experts::TESTS)
         .chain(local::TESTS)
+        .chain(router::TESTS)
         .map(on)
         .collect()
 }

@@ -4,4 +4,5 @@
 mod experts;
 mod objects;
 mod quantize;
+mod router;
 mod simt;

@@ -3,6 +3,7 @@
 use moe_kernels::grouped_gemm::GroupedGemmParams;
 use moe_kernels::metadata::CodeObject;
 use moe_kernels::quantize::{Quantize1x128Params, QuantizePerTokenParams};
+use moe_kernels::router::RouterParams;
 use moe_kernels::sorting::MoeSortingParams;
 use moe_kernels::weighted_sum::WeightedSumParams;
 use moe_kernels::{Arch, object};
@@ -10,10 +11,12 @@ use object::{Object, ObjectSection};
 use rstest::rstest;
 
 /// Object, kernel, bytes of its argument, and whether it is for Hopper alone.
-const KERNELS: [(&str, &str, usize, bool); 7] = [
+const KERNELS: [(&str, &str, usize, bool); 9] = [
     ("quantize_1x128", "quantize_1x128", size_of::<Quantize1x128Params>(), false),
     ("quantize_per_token", "quantize_per_token", size_of::<QuantizePerTokenParams>(), false),
     ("moe_sorting", "moe_sorting", size_of::<MoeSortingParams>(), false),
+    ("router", "router_128", size_of::<RouterParams>(), false),
+    ("router", "router_1024", size_of::<RouterParams>(), false),
     ("weighted_sum", "weighted_sum", size_of::<WeightedSumParams>(), false),
     ("grouped_gemm_bf16_sm90", "grouped_gemm_bf16_8", size_of::<GroupedGemmParams>(), true),
     ("grouped_gemm_fp8_block_sm90", "grouped_gemm_fp8_block_16", size_of::<GroupedGemmParams>(), true),

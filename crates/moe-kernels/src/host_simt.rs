@@ -80,6 +80,14 @@ entries! {
         Sm90a moe_sm_90a_quantize_per_token, Gfx942 moe_gfx942_quantize_per_token, Gfx950 moe_gfx950_quantize_per_token;
     "moe_sorting":
         Sm90a moe_sm_90a_moe_sorting, Gfx942 moe_gfx942_moe_sorting, Gfx950 moe_gfx950_moe_sorting;
+    "router_128":
+        Sm90a moe_sm_90a_router_128, Gfx942 moe_gfx942_router_128, Gfx950 moe_gfx950_router_128;
+    "router_256":
+        Sm90a moe_sm_90a_router_256, Gfx942 moe_gfx942_router_256, Gfx950 moe_gfx950_router_256;
+    "router_512":
+        Sm90a moe_sm_90a_router_512, Gfx942 moe_gfx942_router_512, Gfx950 moe_gfx950_router_512;
+    "router_1024":
+        Sm90a moe_sm_90a_router_1024, Gfx942 moe_gfx942_router_1024, Gfx950 moe_gfx950_router_1024;
     "weighted_sum":
         Sm90a moe_sm_90a_weighted_sum, Gfx942 moe_gfx942_weighted_sum, Gfx950 moe_gfx950_weighted_sum;
     "selftest_reverse":

@@ -21,6 +21,7 @@ pub mod metadata;
 pub mod pack;
 pub mod quantize;
 mod registry;
+pub mod router;
 #[cfg(feature = "host-simt")]
 pub mod selftest;
 pub mod sorting;

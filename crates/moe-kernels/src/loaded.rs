@@ -15,6 +15,7 @@ const FOR_ALL: &[(&str, &[&str])] = &[
     ("quantize_1x128", &["quantize_1x128"]),
     ("quantize_per_token", &["quantize_per_token"]),
     ("moe_sorting", &["moe_sorting"]),
+    ("router", &["router_128", "router_256", "router_512", "router_1024"]),
     ("weighted_sum", &["weighted_sum"]),
 ];
 

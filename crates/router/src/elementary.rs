@@ -7,17 +7,14 @@ const ROUND: f32 = 12_582_912.0;
 /// eˣ to less than one unit in the last place, subnormal results too; ∞ from where it is more than an f32, 0 from where
 /// it is less than half of the least.
 pub(crate) fn exp(x: f32) -> f32 {
-    if x > 88.722_84 {
-        return f32::INFINITY;
-    }
-    if x < -103.972_08 {
-        return 0.0;
-    }
+    // The ends are ∞ and 0.
+    let x = x.clamp(-104.0, 89.0);
     let shifted = x * core::f32::consts::LOG2_E + ROUND;
     let power = shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
     let whole = shifted - ROUND;
     // ln 2 in two parts, of which the first has so few bits that its product is exact.
-    let rest = (x - whole * 0.693_359_375) - whole * -2.121_944_4e-4;
+    const LN_2_HIGH: f32 = 355.0 / 512.0;
+    let rest = (x - whole * LN_2_HIGH) - whole * -2.121_944_4e-4;
     // Cephes' polynomial for [-ln 2 / 2, ln 2 / 2].
     let mut p = 1.987_569_2e-4;
     for coefficient in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {

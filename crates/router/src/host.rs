@@ -8,7 +8,7 @@ use smallvec::{SmallVec, smallvec};
 
 use crate::best::Best;
 use crate::config::{RoutingError, check};
-use crate::recipe::{Grouping, Recipe};
+use crate::recipe::Recipe;
 use crate::score::{best_two_score, max_score, score_all, weigh};
 use crate::slots::{HashTable, SharedSlots};
 
@@ -105,7 +105,7 @@ impl HostRouter {
     fn choose(&self, logits: &[f32], best: Best<'_>) {
         let groups = self.config.groups.unwrap_or(ExpertGroups { n_group: 1, topk_group: 1 });
         let bias = self.config.correction_bias.as_deref();
-        if bias.is_none() && self.recipe.grouping != Grouping::BestTwo {
+        if !self.recipe.chooses_by_score(bias.is_some()) {
             return best_in_groups(logits, groups, max_score, best);
         }
         let mut choice: SmallVec<[f32; INLINE]> = smallvec![0.0; logits.len()];

@@ -46,8 +46,7 @@ pub enum Division {
 
 /// A routing method as the steps that it shares with others: what a router on a device is told.
 ///
-/// Where a bias is given or groups count as [`Grouping::BestTwo`], scores plus bias choose; otherwise logits do. See
-/// [`HostRouter`](crate::HostRouter) for the rest.
+/// See [`HostRouter`](crate::HostRouter) for the rest.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Recipe {
     /// What an expert weighs.
@@ -67,6 +66,12 @@ impl Recipe {
     /// [`RoutingError`].
     pub fn new(config: &RoutingConfig) -> Result<Self, RoutingError> {
         check(config)
+    }
+
+    /// Whether scores plus a bias choose, and groups count as the sum of their best two; otherwise logits choose, and groups
+    /// count as their best.
+    pub fn chooses_by_score(&self, has_bias: bool) -> bool {
+        has_bias || self.grouping == Grouping::BestTwo
     }
 
     /// The steps of `method`; `None` for one that this router does not have.

@@ -34,7 +34,7 @@ const ALLOWED: &[(&str, &[&[&str]])] = &[
     ("fused-moe-router", &[&[CORE]]),
     ("fused-moe-quant", &[&[CORE]]),
     ("grouped-gemm", &[&[CORE, "fused-moe-quant"]]),
-    ("moe-kernels", &[&[CORE, "device-runtime"]]),
+    ("moe-kernels", &[&[CORE, "device-runtime", "fused-moe-router"]]),
     ("ep-transport", &[&[CORE]]),
     ("device-runtime", &[&[CORE]]),
     ("*-comm", &[BELOW_BACKENDS]),
