@@ -9,7 +9,8 @@ struct Scan {
     u32 total;  // over all
 };
 
-// Sums of `value` over the threads of the block, all of which take part. `sums` is shared memory, a word per warp.
+// Sums of `value` over the threads of the block, all of which take part. `sums` is shared memory, a word per warp, which has to
+// be left alone until the next barrier.
 template <u32 THREADS> MOE_DEVICE Scan block_scan(u32 value, u32 *sums) {
     u32 inclusive = value;
     MOE_UNROLL for (u32 distance = 1; distance < WARP; distance *= 2) {
@@ -24,20 +25,17 @@ template <u32 THREADS> MOE_DEVICE Scan block_scan(u32 value, u32 *sums) {
         if (i < warp) scan.before += sums[i];
         scan.total += sums[i];
     }
-    // The next scan uses the same words.
-    sync_block();
     return scan;
 }
 
-// A barrier of all `blocks` of a launch, which have to be few enough to run at the same time. What any thread wrote before
-// it, all see behind it. `arrived` is a word that is 0 before the first launch; afterwards its upper bit says how often, and
-// the rest is 0 again.
-MOE_DEVICE void sync_grid(u32 *arrived, u32 blocks) {
-    constexpr u32 ROUND = 0x80000000;
+// A barrier of the blocks of a launch, which have to be few enough to run at the same time, and no more than a block has threads.
+// What any thread wrote before it, all see behind it. Each block has a flag, and says that it is there by the number of the
+// launch; so nothing has to be set back. `launch` is above all numbers that flags hold, in the order of a circle.
+MOE_DEVICE void sync_blocks(u32 *flags, u32 blocks, u32 launch) {
     sync_block();
-    if (thread_index() == 0) {
-        const u32 before = fetch_add(arrived, block_index() == 0 ? ROUND - (blocks - 1) : 1);
-        while (((load_acquire(arrived) ^ before) & ROUND) == 0) pause();
+    if (thread_index() == 0) store_release(&flags[block_index()], launch);
+    if (thread_index() < blocks) {
+        while (load_acquire(&flags[thread_index()]) != launch) pause();
     }
     sync_block();
 }

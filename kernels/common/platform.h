@@ -16,6 +16,7 @@
 //   sync_block()                barrier of the block; orders shared and global memory within it
 //   shuffle_xor(v, mask)        v of lane `lane() ^ mask`; all lanes of the warp take part
 //   shuffle(v, from)            v of lane `from`
+//   sync_warp()                 what lanes wrote to shared memory, all of the warp see
 //   lanes_where(holds)          for each lane of the warp, a bit
 //   any_lane(holds)             whether it holds in any lane of the warp
 //   max_lanes(v) sum_lanes(v)   of u32 over the lanes of the warp
@@ -23,15 +24,17 @@
 //   to_fp8x4(a, b, c, d, max)   codes of four numbers clamped to ±max, lowest byte first; rounded to nearest, ties to even;
 //                               NaN has one code
 //   max_u16x2(a, b)             the larger of each half
-//   count_bits(bits) first_bit(bits)  of 64; the lowest of those that are set
-//   add_bytes(word, sum)        sum and the four bytes of a word
-//   within(x, low, high)        the nearest number that is; of one that is not NaN
+//   first_lane(lanes)           the lowest of those that lanes_where gave
+//   count_bits(bits)            of 64
+//   dot_bytes(a, b, sum)        sum, and the products of the bytes of two words
 //   square_root(x)              rounded once
+//   reciprocal(x)               the same, of a number between 1 and 2^64
 //   fetch_or(p, v)              atomic within the block, on its shared memory; what was there before
-//   fetch_max(p, v)             atomic on the device's memory; what was there before
-//   fetch_add(p, v)             the same, ordered before and after: acquire and release
-//   load_acquire(p)             u32 of the device's memory by which a block is told that others have written theirs
+//   fetch_max(p, v)             atomic on shared or the device's memory; what was there before
+//   fetch_add(p, v)             atomic on the device's memory, ordered before and after: acquire and release
+//   load_acquire(p) store_release(p, v)  u32 of the device's memory by which blocks tell each other that theirs is written
 //   afresh(v)                   v; what is computed from it is not kept from one round of a loop to the next, where registers are few
+//   afresh_for_all(v)           the same, of what is the same for all lanes
 //   in_turn()                   what is before it and what is behind it are not computed at the same time, where registers are few
 //   pause()                     in a loop that waits for another block
 //   load_once(p) store_once(p, v)   memory that is touched once and should not stay in the caches

@@ -24,6 +24,12 @@ MOE_DEVICE void sync_block() {
     __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
 }
 
+MOE_DEVICE void sync_warp() {
+    __builtin_amdgcn_fence(__ATOMIC_RELEASE, "wavefront");
+    __builtin_amdgcn_wave_barrier();
+    __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "wavefront");
+}
+
 MOE_DEVICE float from_bits(u32 bits) { return __builtin_bit_cast(float, bits); }
 MOE_DEVICE u32 to_bits(float x) { return __builtin_bit_cast(u32, x); }
 
@@ -46,10 +52,10 @@ MOE_DEVICE u32 sum_lanes(u32 v) {
 }
 
 MOE_DEVICE u32 count_bits(u64 bits) { return u32(__builtin_popcountll(bits)); }
-MOE_DEVICE u32 first_bit(u64 bits) { return u32(__builtin_ctzll(bits)); }
-MOE_DEVICE u32 add_bytes(u32 word, u32 sum) { return __builtin_amdgcn_sad_u8(word, 0, sum); }
-MOE_DEVICE float within(float x, float low, float high) { return __builtin_amdgcn_fmed3f(x, low, high); }
+MOE_DEVICE u32 first_lane(u64 lanes) { return u32(__builtin_ctzll(lanes)); }
+MOE_DEVICE u32 dot_bytes(u32 a, u32 b, u32 sum) { return __builtin_amdgcn_udot4(a, b, sum, false); }
 MOE_DEVICE float square_root(float x) { return __builtin_sqrtf(x); }
+MOE_DEVICE float reciprocal(float x) { return 1.0f / x; }
 
 MOE_DEVICE u32 fetch_or(u32 *p, u32 v) {
     return __hip_atomic_fetch_or(p, v, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_WORKGROUP);
@@ -63,9 +69,16 @@ MOE_DEVICE u32 fetch_add(u32 *p, u32 v) {
 MOE_DEVICE u32 load_acquire(const u32 *p) {
     return __hip_atomic_load(p, __ATOMIC_ACQUIRE, __HIP_MEMORY_SCOPE_AGENT);
 }
+MOE_DEVICE void store_release(u32 *p, u32 v) {
+    __hip_atomic_store(p, v, __ATOMIC_RELEASE, __HIP_MEMORY_SCOPE_AGENT);
+}
 // Scalar registers are what is few; this is a vector register.
 MOE_DEVICE u32 afresh(u32 v) {
     asm volatile("" : "+v"(v));
+    return v;
+}
+MOE_DEVICE u32 afresh_for_all(u32 v) {
+    asm volatile("" : "+s"(v));
     return v;
 }
 MOE_DEVICE void in_turn() { __builtin_amdgcn_sched_barrier(0); }

@@ -15,6 +15,7 @@ MOE_DEVICE u32 thread_index() { return threadIdx.x; }
 MOE_DEVICE u32 block_index() { return blockIdx.x; }
 MOE_DEVICE u32 lane() { return threadIdx.x % WARP; }
 MOE_DEVICE void sync_block() { __syncthreads(); }
+MOE_DEVICE void sync_warp() { __syncwarp(); }
 
 template <class T> MOE_DEVICE T shuffle_xor(T v, u32 mask) { return __shfl_xor_sync(~0u, v, mask); }
 template <class T> MOE_DEVICE T shuffle(T v, u32 from) { return __shfl_sync(~0u, v, from); }
@@ -27,10 +28,15 @@ MOE_DEVICE float from_bits(u32 bits) { return __uint_as_float(bits); }
 MOE_DEVICE u32 to_bits(float x) { return __float_as_uint(x); }
 
 MOE_DEVICE u32 count_bits(u64 bits) { return u32(__popcll(bits)); }
-MOE_DEVICE u32 first_bit(u64 bits) { return u32(__ffsll(i64(bits)) - 1); }
-MOE_DEVICE u32 add_bytes(u32 word, u32 sum) { return __dp4a(word, 0x01010101u, sum); }
-MOE_DEVICE float within(float x, float low, float high) { return fminf(fmaxf(x, low), high); }
+MOE_DEVICE u32 first_lane(u64 lanes) { return u32(__ffs(i32(lanes)) - 1); }
+MOE_DEVICE u32 dot_bytes(u32 a, u32 b, u32 sum) { return __dp4a(a, b, sum); }
 MOE_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
+// What a division is without its ends, and therefore without a branch.
+MOE_DEVICE float reciprocal(float x) {
+    float near;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(near) : "f"(x));
+    return __fmaf_rn(near, __fmaf_rn(-x, near, 1.0f), near);
+}
 
 MOE_DEVICE u32 fetch_or(u32 *p, u32 v) { return atomicOr(p, v); }
 MOE_DEVICE u32 fetch_max(u32 *p, u32 v) { return atomicMax(p, v); }
@@ -45,7 +51,9 @@ MOE_DEVICE u32 load_acquire(const u32 *p) {
     return v;
 }
 MOE_DEVICE u32 afresh(u32 v) { return v; }
+MOE_DEVICE u32 afresh_for_all(u32 v) { return v; }
 MOE_DEVICE void in_turn() {}
+MOE_DEVICE void store_release(u32 *p, u32 v) { asm volatile("st.release.gpu.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
 // A load takes longer than a pause should.
 MOE_DEVICE void pause() {}
 

@@ -46,6 +46,7 @@ inline u32 thread_index() { return simt::thread_index(); }
 inline u32 block_index() { return simt::block_index(); }
 inline u32 lane() { return thread_index() % WARP; }
 inline void sync_block() { simt::sync_block(); }
+inline void sync_warp() { simt::ballot(true); }
 
 inline float from_bits(u32 bits) {
     float x;
@@ -73,11 +74,12 @@ inline u32 max_lanes(u32 v) { return simt::largest(v); }
 inline u32 sum_lanes(u32 v) { return simt::sum(v); }
 
 inline u32 count_bits(u64 bits) { return u32(__builtin_popcountll(bits)); }
-inline u32 first_bit(u64 bits) { return u32(__builtin_ctzll(bits)); }
-inline u32 add_bytes(u32 word, u32 sum) {
-    return sum + (word & 0xff) + (word >> 8 & 0xff) + (word >> 16 & 0xff) + (word >> 24);
+inline u32 first_lane(u64 lanes) { return u32(__builtin_ctzll(lanes)); }
+inline u32 dot_bytes(u32 a, u32 b, u32 sum) {
+    for (u32 i = 0; i < 32; i += 8) sum += (a >> i & 0xff) * (b >> i & 0xff);
+    return sum;
 }
-inline float within(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+inline float reciprocal(float x) { return 1.0f / x; }
 inline float square_root(float x) { return __builtin_sqrtf(x); }
 
 // Fibers of one thread: nothing comes between the two halves of an atomic operation.
@@ -97,7 +99,9 @@ inline u32 fetch_add(u32 *p, u32 v) {
     return before;
 }
 inline u32 load_acquire(const u32 *p) { return *p; }
+inline void store_release(u32 *p, u32 v) { *p = v; }
 inline u32 afresh(u32 v) { return v; }
+inline u32 afresh_for_all(u32 v) { return v; }
 inline void in_turn() {}
 inline void pause() { simt::yield(); }
 

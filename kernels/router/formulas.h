@@ -6,31 +6,26 @@
 namespace moe {
 MOE_DEVICE float infinity() { return from_bits(0x7f800000); }
 
-// 2^n for n in -126..=127.
-MOE_DEVICE float power_of_two(i32 n) { return from_bits(u32(n + 127) << 23); }
-
-// elementary::exp, which says what the constants are.
-MOE_DEVICE float exponential(float unbounded) {
+// elementary::exp, for x <= 0, which says what the constants are.
+MOE_DEVICE float exponential(float x) {
     constexpr float ROUND = 12582912.0f, LOG2_E = 1.44269504088896340736f;
-    const float x = within(unbounded, -104.0f, 89.0f);
     const float shifted = x * LOG2_E + ROUND;
-    const i32 power = i32(to_bits(shifted) - to_bits(ROUND));
+    const u32 power = to_bits(shifted) - to_bits(ROUND);
     const float whole = shifted - ROUND;
     const float rest = (x - whole * 0.693359375f) - whole * -2.1219444e-4f;
-    float p = 1.9875692e-4f;
-    p = p * rest + 1.3982e-3f;
-    p = p * rest + 8.333452e-3f;
-    p = p * rest + 4.1665796e-2f;
-    p = p * rest + 1.6666665e-1f;
-    p = p * rest + 0.5f;
+    float p = 1.3814318e-3f;
+    p = p * rest + 8.368852e-3f;
+    p = p * rest + 4.16684e-2f;
+    p = p * rest + 1.666652e-1f;
+    p = p * rest + 0.49999994f;
     const float fraction = (p * (rest * rest) + rest) + 1.0f;
-    const i32 half = power >> 1;
-    return fraction * power_of_two(half) * power_of_two(power - half);
+    const float y = from_bits(to_bits(fraction) + (power << 23));
+    return x < -87.0f ? 0.0f : y;
 }
 
 // elementary::ln_1p.
 MOE_DEVICE float ln_1p(float x) {
-    const float s = x / (x + 2.0f);
+    const float s = x * reciprocal(x + 2.0f);
     const float square = s * s;
     float p = 2.0f / 13.0f;
     p = p * square + 2.0f / 11.0f;
@@ -41,11 +36,17 @@ MOE_DEVICE float ln_1p(float x) {
     return (p * square) * s + 2.0f * s;
 }
 
-MOE_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+MOE_DEVICE float magnitude(float x) { return from_bits(to_bits(x) & 0x7fffffff); }
+
+MOE_DEVICE float sigmoid(float x) {
+    const float e = exponential(-magnitude(x));
+    const float larger = reciprocal(1.0f + e);
+    return x < 0.0f ? e * larger : larger;
+}
 
 MOE_DEVICE float sqrt_softplus(float x) {
     const bool is_far = x < -20.0f;
-    const float term = exponential(is_far ? 0.5f * x : x < 0.0f ? x : -x);
+    const float term = exponential(is_far ? 0.5f * x : -magnitude(x));
     return is_far ? term : square_root((x > 0.0f ? x : 0.0f) + ln_1p(term));
 }
 
@@ -62,7 +63,7 @@ MOE_DEVICE u64 sum_units(u64 units) {
 // A number that is not NaN as an integer of the same order, above 0; both zeros are one.
 MOE_DEVICE u32 to_order(float x) {
     const u32 bits = to_bits(x + 0.0f);
-    return bits >> 31 ? ~bits : bits | 0x80000000;
+    return bits ^ (u32(i32(bits) >> 31) | 0x80000000);
 }
 MOE_DEVICE float from_order(u32 order) { return from_bits(order >> 31 ? order ^ 0x80000000 : ~order); }
 

@@ -22,6 +22,8 @@ struct RouterParams {
     u32 topk_group; // n_group if no group is left out
     u32 lane_experts_32; // experts of a lane where a warp is 32 lanes, in a row; they divide a group if some are left out
     u32 lane_experts_64; // where it is 64
+    u32 group_lanes_32;  // lanes that have a group, if some are left out
+    u32 group_lanes_64;
     u32 score;           // Score
     u32 by_score;        // whether scores plus bias choose, and groups by their best two; otherwise logits, and the best
     u32 is_divided;      // whether weights are divided by their sum plus `epsilon`
@@ -32,22 +34,24 @@ struct RouterParams {
     u32 blocks;  // at most ROUTER_BLOCKS if there is to be sorting
     u32 block_rows; // at most ROUTER_BLOCK_ROWS, likewise
 };
-static_assert(sizeof(RouterParams) == 144, "mirrored in Rust");
+static_assert(sizeof(RouterParams) == 152, "mirrored in Rust");
 
 enum Score : u32 { SOFTMAX, SOFTMAX_OF_CHOSEN, SIGMOID, SQRT_SOFTPLUS, LOGIT };
 
+constexpr u32 ROUTER_BLOCKS = 128;
+
 // Behind it, [blocks / 4, experts] u32: a byte for each of four blocks, how many of its rows go to the expert.
 struct RouterWorkspace {
-    u32 arrived;  // of sync_grid
+    u32 launches; // with several blocks that sort
     u32 fault;    // the complement of what is told
-    u32 finished; // blocks
+    u32 finished; // blocks that do not sort
     u32 unused;
+    u32 flags[ROUTER_BLOCKS]; // of sync_blocks
 };
 
 constexpr u32 ROUTER_THREADS = 256;
 constexpr u32 ROUTER_TOP_K = 32;
 constexpr u32 ROUTER_EXPERTS = 1024;
-constexpr u32 ROUTER_BLOCKS = 128;
 // The bits of a mask.
 constexpr u32 ROUTER_BLOCK_ROWS = 32;
 } // namespace moe

@@ -13,7 +13,7 @@ const README: &str = "\
 fmoe doctor                       what the machine has
 ./device                          tests of the runtime, of every kernel and of layers on the first GPU
 fmoe demo --device cuda           layers of made-up checkpoints, judged by the oracle
-fmoe bench quant --device cuda    a measurement; --json for benches/record
+fmoe bench router --device cuda   a measurement; --json for benches/record. So are `bench quant` and `bench experts`
 ";
 
 /// Builds the program and the device tests, stripped, and puts them into `target/gpu-pack`.

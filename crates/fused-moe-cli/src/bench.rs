@@ -7,3 +7,4 @@ pub mod experts;
 mod experts_device;
 pub mod quant;
 mod replays;
+pub mod router;

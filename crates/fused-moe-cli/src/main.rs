@@ -64,6 +64,7 @@ fn main() -> ExitCode {
         Command::Bench(BenchCommand::Comm(args)) => bench::comm::run(args),
         Command::Bench(BenchCommand::Experts(args)) => bench::experts::run(args),
         Command::Bench(BenchCommand::Quant(args)) => bench::quant::run(args),
+        Command::Bench(BenchCommand::Router(args)) => bench::router::run(args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -24,8 +24,8 @@ const MAX_SORTING_BLOCKS: usize = 128;
 const MAX_BLOCK_ROWS: usize = 32;
 /// Of a block that waits for nobody: a row of each of eight warps of 32 lanes.
 const BLOCK_ROWS: usize = 8;
-/// Words in front of the counts.
-const WORKSPACE_HEAD: usize = 4;
+/// Words in front of the counts, a flag of each block among them.
+const WORKSPACE_HEAD: usize = 4 + MAX_SORTING_BLOCKS;
 
 /// Why there is no kernel for a routing.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -122,6 +122,8 @@ pub struct RouterParams {
     topk_group: u32,
     lane_experts_32: u32,
     lane_experts_64: u32,
+    group_lanes_32: u32,
+    group_lanes_64: u32,
     score: u32,
     by_score: u32,
     is_divided: u32,
@@ -133,9 +135,9 @@ pub struct RouterParams {
     block_rows: u32,
 }
 
-const _: () = assert!(size_of::<RouterParams>() == 144);
+const _: () = assert!(size_of::<RouterParams>() == 152);
 
-// SAFETY: `repr(C)`, ten fields of 8 bytes and sixteen of 4, 144 bytes in all, so there is no padding; the struct in
+// SAFETY: `repr(C)`, ten fields of 8 bytes and eighteen of 4, 152 bytes in all, so there is no padding; the struct in
 // `kernels/router/router.h` has the same fields in the same order.
 unsafe impl KernelParams for RouterParams {}
 
@@ -198,6 +200,9 @@ impl FusedRouter {
             topk_group: groups.map_or(1, |groups| groups.topk_group) as u32,
             lane_experts_32: lane_experts_32 as u32,
             lane_experts_64: lane_experts_64 as u32,
+            // At least 1, as the kernel divides by it.
+            group_lanes_32: (size / lane_experts_32).max(1) as u32,
+            group_lanes_64: (size / lane_experts_64).max(1) as u32,
             score: match recipe.score {
                 Score::Softmax => 0,
                 Score::SoftmaxOfChosen => 1,

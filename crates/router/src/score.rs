@@ -7,9 +7,11 @@ use crate::recipe::{Division, Score};
 /// so that lanes of a device may add them up in theirs. 2²³ experts fit.
 const UNITS: f32 = (1u64 << 40) as f32;
 
-/// 1 / (1 + e⁻ˣ), which is 0 for −inf.
+/// 1 / (1 + e⁻ˣ), which is 0 for −inf. What is divided by is between 1 and 2, where devices divide fast.
 pub(crate) fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + exp(-x))
+    let e = exp(-x.abs());
+    let larger = 1.0 / (1.0 + e);
+    if x < 0.0 { e * larger } else { larger }
 }
 
 /// √ln(1 + eˣ), which is 0 for −inf.
@@ -86,9 +88,9 @@ fn softmax_over(logits: &[f32], chosen: &mut [f32]) {
     let max = max_score(logits);
     let units: u64 =
         if max.is_finite() { logits.iter().map(|l| (exp(l - max) * UNITS) as u64).sum() } else { 0 };
-    let sum = units as f32 / UNITS;
+    let inverse = if units > 0 { 1.0 / (units as f32 / UNITS) } else { 0.0 };
     for c in chosen {
-        *c = if sum > 0.0 { exp(*c - max) / sum } else { 0.0 };
+        *c = if units > 0 { exp(*c - max) * inverse } else { 0.0 };
     }
 }
 
