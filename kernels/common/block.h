@@ -28,14 +28,14 @@ template <u32 THREADS> MOE_DEVICE Scan block_scan(u32 value, u32 *sums) {
     return scan;
 }
 
-// A barrier of the blocks of a launch, which have to be few enough to run at the same time, and no more than a block has threads.
-// What any thread wrote before it, all see behind it. Each block has a flag, and says that it is there by the number of the
-// launch; so nothing has to be set back. `launch` is above all numbers that flags hold, in the order of a circle.
-MOE_DEVICE void sync_blocks(u32 *flags, u32 blocks, u32 launch) {
+// A barrier of the blocks of a launch, which have to be few enough to run at the same time. What any thread wrote before it, all
+// see behind it. `arrived` counts blocks, in a circle of 2^32; `all` is what it is when all of the launch are there. Nobody
+// asks what it is before: that would take as long as the rest.
+MOE_DEVICE void sync_blocks(u32 *arrived, u32 all) {
     sync_block();
-    if (thread_index() == 0) store_release(&flags[block_index()], launch);
-    if (thread_index() < blocks) {
-        while (load_acquire(&flags[thread_index()]) != launch) pause();
+    if (thread_index() == 0) {
+        add_release(arrived, 1);
+        while (i32(load_acquire(arrived) - all) < 0) pause();
     }
     sync_block();
 }

@@ -32,7 +32,7 @@
 //   fetch_or(p, v)              atomic within the block, on its shared memory; what was there before
 //   fetch_max(p, v)             atomic on shared or the device's memory; what was there before
 //   fetch_add(p, v)             atomic on the device's memory, ordered before and after: acquire and release
-//   load_acquire(p) store_release(p, v)  u32 of the device's memory by which blocks tell each other that theirs is written
+//   load_acquire(p) add_release(p, v)  u32 of the device's memory by which blocks tell each other that theirs is written
 //   afresh(v)                   v; what is computed from it is not kept from one round of a loop to the next, where registers are few
 //   afresh_for_all(v)           the same, of what is the same for all lanes
 //   in_turn()                   what is before it and what is behind it are not computed at the same time, where registers are few

@@ -69,8 +69,8 @@ MOE_DEVICE u32 fetch_add(u32 *p, u32 v) {
 MOE_DEVICE u32 load_acquire(const u32 *p) {
     return __hip_atomic_load(p, __ATOMIC_ACQUIRE, __HIP_MEMORY_SCOPE_AGENT);
 }
-MOE_DEVICE void store_release(u32 *p, u32 v) {
-    __hip_atomic_store(p, v, __ATOMIC_RELEASE, __HIP_MEMORY_SCOPE_AGENT);
+MOE_DEVICE void add_release(u32 *p, u32 v) {
+    __hip_atomic_fetch_add(p, v, __ATOMIC_RELEASE, __HIP_MEMORY_SCOPE_AGENT);
 }
 // Scalar registers are what is few; this is a vector register.
 MOE_DEVICE u32 afresh(u32 v) {

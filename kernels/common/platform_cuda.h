@@ -53,7 +53,9 @@ MOE_DEVICE u32 load_acquire(const u32 *p) {
 MOE_DEVICE u32 afresh(u32 v) { return v; }
 MOE_DEVICE u32 afresh_for_all(u32 v) { return v; }
 MOE_DEVICE void in_turn() {}
-MOE_DEVICE void store_release(u32 *p, u32 v) { asm volatile("st.release.gpu.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+MOE_DEVICE void add_release(u32 *p, u32 v) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
 // A load takes longer than a pause should.
 MOE_DEVICE void pause() {}
 

@@ -99,7 +99,7 @@ inline u32 fetch_add(u32 *p, u32 v) {
     return before;
 }
 inline u32 load_acquire(const u32 *p) { return *p; }
-inline void store_release(u32 *p, u32 v) { *p = v; }
+inline void add_release(u32 *p, u32 v) { *p += v; }
 inline u32 afresh(u32 v) { return v; }
 inline u32 afresh_for_all(u32 v) { return v; }
 inline void in_turn() {}

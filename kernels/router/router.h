@@ -42,11 +42,10 @@ constexpr u32 ROUTER_BLOCKS = 128;
 
 // Behind it, [blocks / 4, experts] u32: a byte for each of four blocks, how many of its rows go to the expert.
 struct RouterWorkspace {
-    u32 launches; // with several blocks that sort
+    u32 arrived;  // of sync_blocks
+    u32 before;   // what it was before this launch
     u32 fault;    // the complement of what is told
     u32 finished; // blocks that do not sort
-    u32 unused;
-    u32 flags[ROUTER_BLOCKS]; // of sync_blocks
 };
 
 constexpr u32 ROUTER_THREADS = 256;

@@ -25,7 +25,7 @@ struct Shared {
     u32 *ahead;  // the same for each before this one
     u32 *sums;   // a word per warp
     u32 *fault;  // the complement of where the first logit is that is none; 0 if there is no such
-    u32 *launch; // the number of this one
+    u32 *all;    // of sync_blocks
 };
 
 MOE_DEVICE float logit(const RouterParams &p, u64 at) {
@@ -304,11 +304,11 @@ MOE_DEVICE void sort(const RouterParams &p, const Shared &s, u32 first, u32 rows
         u8 *counts = ptr<u8>(p.workspace + sizeof(RouterWorkspace)) + block_index() / 4 * p.experts * 4 + block_index() % 4;
         for (u32 e = thread_index(); e < p.experts; e += ROUTER_THREADS) counts[4 * e] = u8(count_bits(s.masks[e]));
         if (thread_index() == 0 && *s.fault != 0) fetch_max(&workspace->fault, *s.fault);
-        sync_blocks(workspace->flags, p.blocks, *s.launch);
+        sync_blocks(&workspace->arrived, *s.all);
     }
     if (block_index() == 0 && thread_index() == ROUTER_THREADS - 1) {
-        // All blocks have their number of this launch.
-        if (p.blocks > 1) workspace->launches = *s.launch;
+        // All blocks have read what it was.
+        if (p.blocks > 1) workspace->before = *s.all;
         tell_fault(p, p.blocks > 1 ? load_acquire(&workspace->fault) : *s.fault);
     }
     u32 pairs = 0;
@@ -355,7 +355,7 @@ MOE_DEVICE void finish(const RouterParams &p, const Shared &s) {
 MOE_DEVICE void prepare(const RouterParams &p, const Shared &s) {
     if (thread_index() == 0) {
         *s.fault = 0;
-        if (p.experts != 0 && p.blocks > 1) *s.launch = ptr<RouterWorkspace>(p.workspace)->launches + 1;
+        if (p.experts != 0 && p.blocks > 1) *s.all = ptr<RouterWorkspace>(p.workspace)->before + p.blocks;
     }
     if (thread_index() < ROUTER_BLOCKS / 4) {
         s.there[thread_index()] = bytes_below(p.blocks, thread_index());

@@ -24,8 +24,8 @@ const MAX_SORTING_BLOCKS: usize = 128;
 const MAX_BLOCK_ROWS: usize = 32;
 /// Of a block that waits for nobody: a row of each of eight warps of 32 lanes.
 const BLOCK_ROWS: usize = 8;
-/// Words in front of the counts, a flag of each block among them.
-const WORKSPACE_HEAD: usize = 4 + MAX_SORTING_BLOCKS;
+/// Words in front of the counts.
+const WORKSPACE_HEAD: usize = 4;
 
 /// Why there is no kernel for a routing.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
