@@ -8,7 +8,7 @@ use fused_moe_core::Rank;
 
 use super::group::{Group, Member};
 use super::heap::SharedHeap;
-use super::seat::{Absence, POSTING_BYTES, Posting};
+use super::seat::{Absence, POSTING_BYTES, Posting, Seat};
 use super::substrate::Offer;
 use crate::deadline::Deadline;
 use crate::doorbell::Cause;
@@ -181,19 +181,24 @@ impl Transport for SharedRank {
         let taken = self.take(mine.as_ref(), &addresses, size);
         // All ranks must have taken the segments before any of them withdraws its own, and none goes on if
         // another could not.
-        let outcome = taken.as_ref().err().map(|rank| rank.0.to_le_bytes().to_vec()).unwrap_or_default();
+        let outcome = taken.as_ref().err().map(Missing::encode).unwrap_or_default();
         let outcomes = self.exchange(&mut progress, operation, &outcome, deadline)?;
         drop(mine);
-        let failed =
-            outcomes.iter().find_map(|outcome| Some(Rank(u32::from_le_bytes(*outcome.first_chunk()?))));
+        let failed = outcomes.iter().find_map(|outcome| Missing::decode(outcome));
         match (taken, failed) {
             (Ok(segments), None) => {
                 tracing::debug!(rank = self.member.rank.0, bytes = size.required_bytes(), "allocated a heap");
                 Ok(Arc::new(SharedHeap::new(Arc::clone(&self.member), size, segments)))
             }
-            (Err(rank), _) | (_, Some(rank)) => {
-                Err(TransportError::OutOfMemory { bytes: size.required_bytes(), rank })
-            }
+            (Err(missing), _) | (_, Some(missing)) => Err(match missing {
+                Missing { rank, is_gone: false } => {
+                    TransportError::OutOfMemory { bytes: size.required_bytes(), rank }
+                }
+                Missing { rank, is_gone: true } => {
+                    let awaited = Awaited::Collective(operation);
+                    TransportError::PeerLost { rank, awaited, silence: Silence::Died }
+                }
+            }),
         }
     }
 
@@ -208,21 +213,44 @@ impl Transport for SharedRank {
 }
 
 impl SharedRank {
-    /// The segments at `addresses`, one per rank; the error is the rank whose segment cannot be had.
+    /// The segments at `addresses`, one per rank; the error is the first that cannot be had.
     fn take(
         &self,
         mine: Option<&Offer>,
         addresses: &[&[u8]],
         size: HeapSize,
-    ) -> Result<Box<[Arc<Segment>]>, Rank> {
+    ) -> Result<Box<[Arc<Segment>]>, Missing> {
         let segments = (0_u32..).map(Rank).zip(addresses).map(|(rank, address)| match mine {
             Some(mine) if rank == self.member.rank => Ok(Arc::clone(&mine.segment)),
             _ => self.member.group.substrate.take(address, size).map_err(|error| {
                 tracing::warn!(rank = self.member.rank.0, of = rank.0, %error, "cannot map a segment");
-                rank
+                // A rank withdraws nothing before all have it, so what is not found went with the rank.
+                let has_died = || self.member.group.seat(rank).is_ok_and(Seat::has_died);
+                Missing { rank, is_gone: error.kind() == io::ErrorKind::NotFound || has_died() }
             }),
         });
         segments.collect()
+    }
+}
+
+/// A segment that could not be had.
+#[derive(Clone, Copy)]
+struct Missing {
+    /// Whose it is.
+    rank: Rank,
+    /// Whether that rank has died since it offered the segment.
+    is_gone: bool,
+}
+
+impl Missing {
+    fn encode(&self) -> Vec<u8> {
+        [&self.rank.0.to_le_bytes()[..], &[u8::from(self.is_gone)]].concat()
+    }
+
+    /// Nothing for a rank that misses nothing.
+    fn decode(bytes: &[u8]) -> Option<Self> {
+        let (rank, rest) = bytes.split_first_chunk()?;
+        Some(Self { rank: Rank(u32::from_le_bytes(*rank)), is_gone: rest == [1] })
     }
 }
 
