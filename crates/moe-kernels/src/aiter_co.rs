@@ -14,8 +14,7 @@
 //! use moe_kernels::Arch;
 //! use moe_kernels::aiter_co::{FusedMoe, Gate, Manifest, MoeBuffers, OneStageKernel, Scheme, Sizes};
 //!
-//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! # let buffers: MoeBuffers = unimplemented!();
+//! # fn on_lent_buffers(buffers: MoeBuffers) -> Result<(), Box<dyn std::error::Error>> {
 //! let runtime = Runtime::open(Device { kind: DeviceKind::Hip, index: 0 })?;
 //! let units = runtime.info()?.compute_units;
 //! let manifest = Manifest::read("aiter_meta/hsa".as_ref(), Arch::Gfx942, Scheme::PerToken, Gate::Silu)?;
