@@ -4,7 +4,7 @@ use std::fmt;
 
 use half::bf16;
 
-use crate::aligned::Aligned;
+use crate::aligned::{Aligned, Slab};
 use crate::panel::{Columns, PANEL, PackedShape, PanelPairs, for_each_column, fp8_offset};
 use crate::scale::{ColumnTerms, PackedScale, gate_up_shape};
 use crate::tuning::WeightKind;
@@ -98,9 +98,13 @@ impl PackedBf16 {
     /// # Errors
     /// An empty weight, or a slice that is not `n * k` long.
     pub fn pack(weight: Weight<'_, bf16>) -> Result<Self, GemmError> {
+        Self::pack_in(None, weight)
+    }
+
+    pub(crate) fn pack_in(slab: Option<&Slab>, weight: Weight<'_, bf16>) -> Result<Self, GemmError> {
         weight.check()?;
         let shape = PackedShape { n: weight.n, k: weight.k, columns: Columns::Plain };
-        Ok(Self::place(shape, &[weight.values]))
+        Ok(Self::place(slab, shape, &[weight.values]))
     }
 
     /// Packs gate and up, both `[I, K]`, so that their product is formed on the tile.
@@ -108,8 +112,20 @@ impl PackedBf16 {
     /// # Errors
     /// As [`pack`](Self::pack), or two different shapes.
     pub fn pack_gate_up(gate: Weight<'_, bf16>, up: Weight<'_, bf16>) -> Result<Self, GemmError> {
+        Self::pack_gate_up_in(None, [gate, up])
+    }
+
+    pub(crate) fn pack_gate_up_in(
+        slab: Option<&Slab>,
+        [gate, up]: [Weight<'_, bf16>; 2],
+    ) -> Result<Self, GemmError> {
         check_pair(&gate, &up)?;
-        Ok(Self::place(gate_up_shape(gate.n, gate.k), &[gate.values, up.values]))
+        Ok(Self::place(slab, gate_up_shape(gate.n, gate.k), &[gate.values, up.values]))
+    }
+
+    /// What a weight of that shape takes of a slab.
+    pub(crate) fn slab_bytes(shape: &PackedShape) -> usize {
+        Slab::bytes_for::<u32>(shape.panels() * shape.pairs() * PANEL)
     }
 
     /// The weight as it was packed, row-major `[N, K]`; gate rows before up rows for a pair.
@@ -128,8 +144,8 @@ impl PackedBf16 {
         values
     }
 
-    fn place(shape: PackedShape, parts: &[&[bf16]]) -> Self {
-        let mut words = Aligned::zeroed(shape.panels() * shape.pairs() * PANEL);
+    fn place(slab: Option<&Slab>, shape: PackedShape, parts: &[&[bf16]]) -> Self {
+        let mut words = Aligned::zeroed_in(slab, shape.panels() * shape.pairs() * PANEL);
         let (places, panel_len) = (words.as_mut_slice(), shape.pairs() * PANEL);
         for_each_column(&shape, |row, panel, column| {
             let places = places[panel * panel_len + column..].iter_mut().step_by(PANEL);
@@ -158,9 +174,13 @@ impl PackedFp8 {
     /// # Errors
     /// An empty weight, codes that are not `n * k` long, or a scale of the wrong size.
     pub fn pack(weight: Fp8Weight<'_>) -> Result<Self, GemmError> {
+        Self::pack_in(None, weight)
+    }
+
+    pub(crate) fn pack_in(slab: Option<&Slab>, weight: Fp8Weight<'_>) -> Result<Self, GemmError> {
         weight.check()?;
         let shape = PackedShape { n: weight.codes.n, k: weight.codes.k, columns: Columns::Plain };
-        Ok(Self::place(shape, &[&weight]))
+        Ok(Self::place(slab, shape, &[&weight]))
     }
 
     /// Packs gate and up, both `[I, K]`, so that their product is formed on the tile. Each keeps its
@@ -169,6 +189,13 @@ impl PackedFp8 {
     /// # Errors
     /// As [`pack`](Self::pack), or different shapes, encodings or scale granularities.
     pub fn pack_gate_up(gate: Fp8Weight<'_>, up: Fp8Weight<'_>) -> Result<Self, GemmError> {
+        Self::pack_gate_up_in(None, [gate, up])
+    }
+
+    pub(crate) fn pack_gate_up_in(
+        slab: Option<&Slab>,
+        [gate, up]: [Fp8Weight<'_>; 2],
+    ) -> Result<Self, GemmError> {
         gate.check()?;
         up.check()?;
         check_pair(&gate.codes, &up.codes)?;
@@ -176,7 +203,12 @@ impl PackedFp8 {
         if describe(&gate) != describe(&up) {
             return Err(GemmError::GateUpMismatch { gate: describe(&gate), up: describe(&up) });
         }
-        Ok(Self::place(gate_up_shape(gate.codes.n, gate.codes.k), &[&gate, &up]))
+        Ok(Self::place(slab, gate_up_shape(gate.codes.n, gate.codes.k), &[&gate, &up]))
+    }
+
+    /// What a weight of that shape takes of a slab.
+    pub(crate) fn slab_bytes(shape: &PackedShape) -> usize {
+        Slab::bytes_for::<u8>(shape.panels() * shape.pairs() * 2 * PANEL)
     }
 
     /// The codes as they were packed, row-major `[N, K]`; gate rows before up rows for a pair.
@@ -199,8 +231,8 @@ impl PackedFp8 {
         self.kind
     }
 
-    fn place(shape: PackedShape, parts: &[&Fp8Weight<'_>]) -> Self {
-        let mut codes = Aligned::zeroed(shape.panels() * shape.pairs() * 2 * PANEL);
+    fn place(slab: Option<&Slab>, shape: PackedShape, parts: &[&Fp8Weight<'_>]) -> Self {
+        let mut codes = Aligned::zeroed_in(slab, shape.panels() * shape.pairs() * 2 * PANEL);
         let (places, panel_len) = (codes.as_mut_slice(), shape.pairs() * 2 * PANEL);
         let rows: Vec<_> = parts.iter().map(|part| part.codes.values).collect();
         let scales: Vec<_> = parts.iter().map(|part| part.scale).collect();

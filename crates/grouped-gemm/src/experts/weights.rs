@@ -7,7 +7,9 @@ use super::error::ExpertsError;
 use super::layout::WeightLayout;
 use super::matrix::{DOWN, GATE, Matrix, UP};
 use super::scheme::{Fp8Scheme, Scheme};
-use crate::{PackedBf16, PackedFp4, PackedFp8, PackedWeight};
+use crate::aligned::Slab;
+use crate::scale::gate_up_shape;
+use crate::{Columns, PackedBf16, PackedFp4, PackedFp8, PackedShape, PackedWeight};
 
 /// The packed experts of one layer on one rank, in local order.
 #[derive(Debug)]
@@ -64,8 +66,14 @@ impl PackedExperts {
         let input_scales = input_scales(scheme, &checked)?;
         let experts = checked.par_iter();
         let gemms = match scheme {
-            Scheme::Bf16 => PackedGemms::Bf16(gemms(experts.map(Checked::bf16))?),
-            Scheme::Fp8(fp8) => PackedGemms::Fp8(gemms(experts.map(|expert| expert.fp8(fp8)))?),
+            Scheme::Bf16 => {
+                let slab = slab_of(&layout, PackedBf16::slab_bytes);
+                PackedGemms::Bf16(gemms(experts.map(|expert| expert.bf16(&slab)))?)
+            }
+            Scheme::Fp8(fp8) => {
+                let slab = slab_of(&layout, PackedFp8::slab_bytes);
+                PackedGemms::Fp8(gemms(experts.map(|expert| expert.fp8(fp8, &slab)))?)
+            }
             Scheme::Mxfp4 | Scheme::Nvfp4 => {
                 PackedGemms::Fp4(gemms(experts.map(|expert| expert.fp4(scheme)))?)
             }
@@ -128,6 +136,13 @@ fn input_scales(scheme: Scheme, experts: &[Checked<'_>]) -> Result<[f32; 2], Exp
     Ok(largest)
 }
 
+/// Memory for all experts, in which a weight takes what `bytes` says.
+fn slab_of(layout: &WeightLayout, bytes: impl Fn(&PackedShape) -> usize) -> Slab {
+    let &WeightLayout { experts, hidden, intermediate, .. } = layout;
+    let down = PackedShape { n: hidden, k: intermediate, columns: Columns::Plain };
+    Slab::new(experts * (bytes(&gate_up_shape(intermediate, hidden)) + bytes(&down)))
+}
+
 fn gemms<W: Send>(
     experts: impl ParallelIterator<Item = Result<(W, W), ExpertsError>>,
 ) -> Result<Gemms<W>, ExpertsError> {
@@ -172,17 +187,18 @@ impl<'a> Checked<'a> {
         }
     }
 
-    fn bf16(&self) -> Result<(PackedBf16, PackedBf16), ExpertsError> {
+    fn bf16(&self, slab: &Slab) -> Result<(PackedBf16, PackedBf16), ExpertsError> {
         let (gate, up, down) = (self.gate.bf16()?, self.up.bf16()?, self.down.bf16()?);
-        let w13 = PackedBf16::pack_gate_up(self.gate.weight(&gate), self.up.weight(&up))?;
-        self.biased(w13, PackedBf16::pack(self.down.weight(&down))?)
+        let w13 = PackedBf16::pack_gate_up_in(Some(slab), [self.gate.weight(&gate), self.up.weight(&up)])?;
+        self.biased(w13, PackedBf16::pack_in(Some(slab), self.down.weight(&down))?)
     }
 
-    fn fp8(&self, fp8: Fp8Scheme) -> Result<(PackedFp8, PackedFp8), ExpertsError> {
+    fn fp8(&self, fp8: Fp8Scheme, slab: &Slab) -> Result<(PackedFp8, PackedFp8), ExpertsError> {
         let values = |matrix: &Matrix<'a>| matrix.fp8(fp8.scaling);
         let (gate, up, down) = (values(&self.gate)?, values(&self.up)?, values(&self.down)?);
         let (gate, up) = (self.gate.fp8_weight(fp8, &gate), self.up.fp8_weight(fp8, &up));
-        self.biased(PackedFp8::pack_gate_up(gate, up)?, PackedFp8::pack(self.down.fp8_weight(fp8, &down))?)
+        let w13 = PackedFp8::pack_gate_up_in(Some(slab), [gate, up])?;
+        self.biased(w13, PackedFp8::pack_in(Some(slab), self.down.fp8_weight(fp8, &down))?)
     }
 
     fn fp4(&self, scheme: Scheme) -> Result<(PackedFp4, PackedFp4), ExpertsError> {
