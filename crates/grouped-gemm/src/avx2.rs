@@ -40,7 +40,7 @@ impl Kernel for Avx2 {
     }
 
     fn multiply(self, tile: Tile<'_>, panel: PanelPairs<'_>) {
-        let (PanelPairs::Bf16(panel) | PanelPairs::Widened(panel)) = panel else {
+        let PanelPairs::Bf16(panel) = panel else {
             unreachable!("a kernel without fp8 tiles gets decoded panels");
         };
         // SAFETY: `self` proves that the machine has the features.

@@ -19,8 +19,6 @@ const CHUNK_PAIRS: usize = 512;
 const DECODED_PAIRS: usize = BLOCK_PAIRS;
 /// K pairs of a bf16 panel that all tiles multiply before the next, 32 KiB: it stays in L1.
 const RUN_PAIRS: usize = 2 * BLOCK_PAIRS;
-/// Least tiles that share a run for which the next is fetched by request: four make a line per pair.
-const FETCHING_TILES: usize = 4;
 /// Least K pairs from what is multiplied to what is fetched.
 const AHEAD_PAIRS: usize = 2 * BLOCK_PAIRS;
 /// Words between packed rows, which keeps rows of a tile off each other's L1 sets.
@@ -135,7 +133,7 @@ impl<'a, K: Kernel> Worker<'a, K> {
         let (lines, pairs) = (weight.panel(panel).slice(start..end), packed.pairs.len());
         let few = self.fp8_tile_rows;
         let (decodes, first_tile) = match lines {
-            PanelPairs::Bf16(_) | PanelPairs::Widened(_) => (false, 0),
+            PanelPairs::Bf16(_) => (false, 0),
             PanelPairs::Fp8 { .. } => (total > few, few),
             PanelPairs::Fp4(_) => (true, 0),
         };
@@ -144,21 +142,34 @@ impl<'a, K: Kernel> Worker<'a, K> {
         } else {
             total.div_ceil(TILE_ROWS)
         };
-        let step = match (decodes, tiles) {
-            (true, _) => DECODED_PAIRS,
-            (false, 1) => pairs,
-            (false, _) => RUN_PAIRS,
-        };
-        // Few tiles read memory faster than they could ask for it, and better leave that to the processor.
-        let fetches = decodes || tiles >= FETCHING_TILES;
+        let step = if decodes { DECODED_PAIRS } else { RUN_PAIRS };
         let column_scales = weight.terms().scale.as_ref().and_then(|scale| scale.blocks(panel, shape));
+        let scales = |row: usize, block: usize| BlockScales {
+            rows: packed.scale_pitch.map(|pitch| &self.scales[row * pitch + block..]),
+            row_pitch: packed.scale_pitch.unwrap_or(0),
+            columns: column_scales.map(|scales| &scales[start / BLOCK_PAIRS + block..]),
+        };
+        let is_scaled = packed.scale_pitch.is_some() || column_scales.is_some();
+        if tiles == 1 && !decodes {
+            // The processor fetches by itself what one tile reads. Memory waits between panels, so little is done there.
+            let operands = Tile {
+                rows: total,
+                words: self.operands,
+                pitch: packed.pitch,
+                sums: &mut self.sums[column..],
+                sums_pitch: SUM_COLUMNS,
+                scales: is_scaled.then(|| scales(0, 0)),
+                ahead: Ahead::NOTHING,
+            };
+            return self.kernel.multiply(operands, lines);
+        }
         for from in (0..pairs).step_by(step) {
             let lines = [Some(lines), next];
             let run = run_of(lines, pairs, from..from + step);
             let ahead = from + step.max(AHEAD_PAIRS);
             let ahead = match run_of(lines, pairs, ahead..ahead + step) {
-                Some(run) if fetches => Ahead::of(run),
-                _ => Ahead::NOTHING,
+                Some(run) => Ahead::of(run),
+                None => Ahead::NOTHING,
             };
             let Some(run) = run else { return };
             if let PanelPairs::Fp4(run) = run {
@@ -177,19 +188,13 @@ impl<'a, K: Kernel> Worker<'a, K> {
                 if widens {
                     rows = rows.min(first_tile);
                 }
-                let scales = BlockScales {
-                    rows: packed.scale_pitch.map(|pitch| &self.scales[row * pitch + block..]),
-                    row_pitch: packed.scale_pitch.unwrap_or(0),
-                    columns: column_scales.map(|scales| &scales[start / BLOCK_PAIRS + block..]),
-                };
-                let is_scaled = scales.rows.is_some() || scales.columns.is_some();
                 let operands = Tile {
                     rows,
                     words: &self.operands[row * packed.pitch + from..],
                     pitch: packed.pitch,
                     sums: &mut self.sums[row * SUM_COLUMNS + column..],
                     sums_pitch: SUM_COLUMNS,
-                    scales: is_scaled.then_some(scales),
+                    scales: is_scaled.then(|| scales(row, block)),
                     ahead: ahead.part(tile, tiles),
                 };
                 match run {
@@ -199,13 +204,13 @@ impl<'a, K: Kernel> Worker<'a, K> {
                             (true, _) => self.kernel.multiply_decoding(operands, kind, codes, words),
                             (false, 0) => {
                                 self.kernel.decode_panel(kind, codes, words);
-                                self.kernel.multiply(operands, PanelPairs::Widened(words));
+                                self.kernel.multiply(operands, PanelPairs::Bf16(words));
                             }
-                            (false, _) => self.kernel.multiply(operands, PanelPairs::Widened(words)),
+                            (false, _) => self.kernel.multiply(operands, PanelPairs::Bf16(words)),
                         }
                     }
                     PanelPairs::Fp4(run) => {
-                        self.kernel.multiply(operands, PanelPairs::Widened(&self.decoded[..run.words()]));
+                        self.kernel.multiply(operands, PanelPairs::Bf16(&self.decoded[..run.words()]));
                     }
                     run => self.kernel.multiply(operands, run),
                 }

@@ -28,7 +28,7 @@ pub(crate) trait Kernel: Copy + Send + Sync {
     /// bf16 panel. A tile of at most [`FP8_TILE_ROWS`](Self::FP8_TILE_ROWS).
     fn multiply_decoding(self, tile: Tile<'_>, kind: Fp8Kind, codes: &[u8], words: &mut [u32]) {
         self.decode_panel(kind, codes, words);
-        self.multiply(tile, PanelPairs::Widened(words));
+        self.multiply(tile, PanelPairs::Bf16(words));
     }
 
     /// Widens codes to operand words, two neighbours to a word; an odd last one gets a zero half.
@@ -78,7 +78,7 @@ pub(crate) struct Tile<'a> {
     pub(crate) sums_pitch: usize,
     /// Scales of every 128 of K, if there are any. The panel then starts at a multiple of 128.
     pub(crate) scales: Option<BlockScales<'a>>,
-    /// What to fetch meanwhile, as far as a line per pair goes.
+    /// What to fetch meanwhile, as far as two lines per pair go.
     pub(crate) ahead: Ahead,
 }
 
@@ -97,9 +97,7 @@ impl Ahead {
 
     pub(crate) fn of(run: PanelPairs<'_>) -> Self {
         let (first, bytes) = match run {
-            PanelPairs::Bf16(words) | PanelPairs::Widened(words) => {
-                (words.as_ptr().cast(), size_of_val(words))
-            }
+            PanelPairs::Bf16(words) => (words.as_ptr().cast(), size_of_val(words)),
             PanelPairs::Fp8 { codes, .. } => (codes.as_ptr(), codes.len()),
             PanelPairs::Fp4(run) => (run.codes().as_ptr(), run.codes().len()),
         };

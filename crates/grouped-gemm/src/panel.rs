@@ -110,8 +110,6 @@ pub(crate) const fn fp8_offset(column: usize) -> usize {
 pub(crate) enum PanelPairs<'a> {
     /// `[pairs][64]` words, the even K in the low half.
     Bf16(&'a [u32]),
-    /// The same, widened a moment ago and so in L1.
-    Widened(&'a [u32]),
     /// `[pairs][128]` codes in [`fp8_offset`] order.
     Fp8 { codes: &'a [u8], kind: crate::Fp8Kind },
     /// Pairs of codes with their group scales.
@@ -121,7 +119,7 @@ pub(crate) enum PanelPairs<'a> {
 impl PanelPairs<'_> {
     pub(crate) fn pairs(&self) -> usize {
         match self {
-            PanelPairs::Bf16(words) | PanelPairs::Widened(words) => words.len() / PANEL,
+            PanelPairs::Bf16(words) => words.len() / PANEL,
             PanelPairs::Fp8 { codes, .. } => codes.len() / (2 * PANEL),
             PanelPairs::Fp4(run) => run.codes().len() / PANEL,
         }
@@ -130,7 +128,6 @@ impl PanelPairs<'_> {
     pub(crate) fn slice(self, pairs: Range<usize>) -> Self {
         match self {
             PanelPairs::Bf16(words) => PanelPairs::Bf16(&words[pairs.start * PANEL..pairs.end * PANEL]),
-            PanelPairs::Widened(words) => PanelPairs::Widened(&words[pairs.start * PANEL..pairs.end * PANEL]),
             PanelPairs::Fp8 { codes, kind } => {
                 PanelPairs::Fp8 { codes: &codes[pairs.start * 2 * PANEL..pairs.end * 2 * PANEL], kind }
             }

@@ -4,15 +4,13 @@ use std::arch::x86_64::*;
 
 use quant::fp4::VALUES;
 
-use super::{LANES, Lines, PREFETCH, WIDE};
+use super::{LANES, Lines, WIDE};
 use crate::Fp8Kind;
 use crate::kernel::Kernel;
 use crate::panel::PANEL;
 
 /// What becomes of widened codes beside the products.
 pub(super) trait Widened: Copy {
-    /// Whether the codes are read for no other tile, and fetched here.
-    const STREAM: bool;
     /// # Safety
     /// The machine has the features of [`Avx512`] and `pair` is inside the run.
     unsafe fn keep(self, pair: usize, words: [__m512i; WIDE]);
@@ -23,8 +21,6 @@ pub(super) trait Widened: Copy {
 pub(super) struct DoNotKeep;
 
 impl Widened for DoNotKeep {
-    const STREAM: bool = true;
-
     #[inline(always)]
     unsafe fn keep(self, _: usize, _: [__m512i; WIDE]) {}
 }
@@ -34,8 +30,6 @@ impl Widened for DoNotKeep {
 pub(super) struct Keep(pub(super) *mut u32);
 
 impl Widened for Keep {
-    const STREAM: bool = false;
-
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512bf16")]
     unsafe fn keep(self, pair: usize, words: [__m512i; WIDE]) {
@@ -64,13 +58,9 @@ impl<W: Widened, const FNUZ: bool> Lines for Fp8Lines<W, FNUZ> {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512bf16")]
     unsafe fn load(&self, pair: usize) -> [__m512i; WIDE] {
-        // SAFETY: `pair` is inside the run, which holds 128 codes per pair. A prefetch may point anywhere.
+        // SAFETY: `pair` is inside the run, which holds 128 codes per pair.
         unsafe {
             let line = self.first.add(pair * 2 * PANEL);
-            if W::STREAM {
-                _mm_prefetch::<_MM_HINT_T0>(line.cast::<i8>().wrapping_add(PREFETCH));
-                _mm_prefetch::<_MM_HINT_T0>(line.cast::<i8>().wrapping_add(PREFETCH + PANEL));
-            }
             let [a, b] = self.table.interleave::<FNUZ>(_mm512_loadu_si512(line.cast()));
             let [c, d] = self.table.interleave::<FNUZ>(_mm512_loadu_si512(line.add(PANEL).cast()));
             self.widened.keep(pair, [a, b, c, d]);
