@@ -4,6 +4,9 @@
 #define MOE_DEVICE __device__ __forceinline__
 #define MOE_KERNEL(name, Params, threads)                                                                              \
     extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Params p)
+// The same in clusters of as many blocks.
+#define MOE_KERNEL_BLOCKS(name, Params, threads, blocks)                                                               \
+    extern "C" __global__ void __launch_bounds__(threads, 1) __cluster_dims__(blocks, 1, 1) name(const __grid_constant__ Params p)
 #define MOE_SHARED(T, name, count) __shared__ T name[count]
 #define MOE_UNROLL _Pragma("unroll")
 

@@ -35,6 +35,39 @@ struct Barrier {
     }
 };
 
+// The blocks of a cluster: two, which run on two multiprocessors at the same time and reach each other's shared memory.
+MOE_DEVICE u32 rank_in_pair() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+// A barrier of all threads of both blocks.
+MOE_DEVICE void sync_pair() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\n"
+                 "barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Arrives at the barrier that has this place in the shared memory of block `rank` of the pair.
+MOE_DEVICE void arrive_at(Barrier &barrier, u32 rank) {
+    asm volatile("{\n"
+                 ".reg .b32 there;\n"
+                 "mapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+                 "}" ::"r"(shared_address(&barrier)),
+                 "r"(rank)
+                 : "memory");
+}
+// Before a tensor map that the host wrote to the device's memory is used.
+MOE_DEVICE void acquire_map(u64 map) {
+    asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(map) : "memory");
+}
+// The box of a tensor map that begins with row `row`, to the same place of both blocks, counted on the same barrier of each.
+MOE_DEVICE void box_to_pair(void *to, u64 map, u32 row, Barrier &barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+                 " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
+                 "l"(map), "r"(0), "r"(row), "r"(shared_address(&barrier)), "h"(u16(3))
+                 : "memory");
+}
+
 // Barriers that were initialised are seen by bulk copies.
 MOE_DEVICE void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 // What this thread wrote to shared memory, or has waited for, is seen by wgmma and bulk copies.

@@ -15,6 +15,7 @@ struct GroupedGemmParams {
     u64 token_scales;  // [rows, k_tiles] f32, or [rows] f32
     u64 rows;          // [pairs] u32: which row of `tokens` each pair has; 0 if it is its own number
     u64 offsets;       // [experts + 1] u32: where the pairs of each expert begin
+    u64 weights_map;   // a tensor map of `weights`: rows of 128 bytes, in boxes of as many rows as a tile
     u64 out;           // [pairs, n / 2] bf16 behind an activation; or [pairs, n] f32 or bf16
     u32 experts;
     u32 n_tiles;
@@ -23,7 +24,7 @@ struct GroupedGemmParams {
     u32 has_activation;
     u32 out_is_bf16; // without an activation
 };
-static_assert(sizeof(GroupedGemmParams) == 80, "mirrored in Rust");
+static_assert(sizeof(GroupedGemmParams) == 88, "mirrored in Rust");
 
 constexpr u32 TILE_ROWS = 128;
 constexpr u32 TILE_ROW_BYTES = 128;

@@ -6,7 +6,7 @@ using namespace moe;
 using namespace moe::sm90;
 
 #define GROUPED_GEMM(tokens, stages)                                                                                   \
-    MOE_KERNEL(grouped_gemm_fp8_block_##tokens, GroupedGemmParams, GROUPED_GEMM_THREADS) {                             \
+    MOE_KERNEL_BLOCKS(grouped_gemm_fp8_block_##tokens, GroupedGemmParams, GROUPED_GEMM_THREADS, BLOCKS<tokens>) {                             \
         grouped_gemm<Fp8, Scales::BLOCK, tokens, stages>(p);                                                           \
     }
 

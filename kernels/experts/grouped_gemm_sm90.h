@@ -6,7 +6,8 @@
 //
 // Warpgroup 2 fetches, up to STAGES steps of 128 bytes of k ahead and across tiles, so that memory is busy while others store:
 // one thread copies the weight tile in one piece, and all of them gather rows of tokens. Warpgroups 0 and 1 multiply, each
-// half of the weights where tokens are few, and half of the tokens where they fill the tile.
+// half of the weights where tokens are few, and half of the tokens where they fill the tile. There, blocks go in pairs that
+// multiply two tiles of tokens with the same weights, of which each fetches half for both.
 #pragma once
 
 #include "../common/numbers.h"
@@ -24,6 +25,10 @@ enum class Scales {
 // Tiles of weights that a block takes at once. What it multiplies comes from the L2 cache, which is what limits it where tokens
 // fill a tile: with twice the weights, each byte serves a third more products.
 template <u32 TOKENS> constexpr u32 WIDTH = TOKENS >= 128 ? 2 : 1;
+
+// Blocks that work in pairs, where tokens fill a tile: each fetches half of the weights that both multiply, so that they leave
+// the L2 cache once for two tiles of tokens.
+template <u32 TOKENS> constexpr u32 BLOCKS = TOKENS >= 128 ? 2 : 1;
 
 template <u32 TOKENS> struct Stage {
     alignas(1024) u8 weights[WIDTH<TOKENS>][TILE_BYTES];
@@ -43,12 +48,13 @@ template <u32 TOKENS, u32 STAGES> struct Memory {
 // A tile of work.
 struct Work {
     u32 expert, n_tile, first, count; // tiles of weights from n_tile on, pairs [first, first + count)
+    bool is_shared;                   // the other block of the pair has the same weights
 };
 
 // Places of a block along the weights.
 template <u32 TOKENS> MOE_DEVICE u32 places(u32 n_tiles) { return (n_tiles + WIDTH<TOKENS> - 1) / WIDTH<TOKENS>; }
 
-template <u32 TOKENS> MOE_DEVICE Work work(u32 tile, const u32 *first_tile, const u32 *offsets, u32 experts) {
+template <u32 TOKENS> MOE_DEVICE Work work(u32 tile, const u32 *first_tile, const u32 *offsets, u32 experts, u32 n_tiles) {
     u32 low = 0, high = experts;
     while (high - low > 1) {
         const u32 middle = (low + high) / 2;
@@ -58,9 +64,33 @@ template <u32 TOKENS> MOE_DEVICE Work work(u32 tile, const u32 *first_tile, cons
     const u32 in_expert = tile - first_tile[low];
     const u32 pairs = offsets[low + 1] - offsets[low];
     const u32 token_tiles = (pairs + TOKENS - 1) / TOKENS;
-    const u32 n_tile = in_expert / token_tiles * WIDTH<TOKENS>, token_tile = in_expert % token_tiles;
+    u32 place, token_tile;
+    bool is_shared = false;
+    if constexpr (BLOCKS<TOKENS> == 1) {
+        place = in_expert / token_tiles;
+        token_tile = in_expert % token_tiles;
+    } else {
+        // Two tiles of tokens for a pair of blocks; of the one that may be left, each has other weights.
+        const u32 twos = token_tiles / 2, rank = rank_in_pair(), all = places<TOKENS>(n_tiles);
+        is_shared = in_expert < twos * all;
+        if (is_shared) {
+            place = in_expert / twos;
+            token_tile = in_expert % twos * 2 + rank;
+        } else {
+            place = (in_expert - twos * all) * 2 + rank;
+            token_tile = token_tiles - 1;
+            if (place == all) return {low, (all - 1) * WIDTH<TOKENS>, offsets[low], 0, false};
+        }
+    }
     const u32 left = pairs - token_tile * TOKENS;
-    return {low, n_tile, offsets[low] + token_tile * TOKENS, left < TOKENS ? left : TOKENS};
+    return {low, place * WIDTH<TOKENS>, offsets[low] + token_tile * TOKENS, left < TOKENS ? left : TOKENS, is_shared};
+}
+
+// Tiles of work of an expert with so many pairs.
+template <u32 TOKENS> MOE_DEVICE u32 works(u32 pairs, u32 n_tiles) {
+    const u32 token_tiles = (pairs + TOKENS - 1) / TOKENS, all = places<TOKENS>(n_tiles);
+    if (BLOCKS<TOKENS> == 1) return token_tiles * all;
+    return token_tiles / 2 * all + token_tiles % 2 * ((all + 1) / 2);
 }
 
 template <Scales SCALES, u32 TOKENS, u32 STAGES>
@@ -72,9 +102,10 @@ MOE_DEVICE void fetch(const GroupedGemmParams &p, Memory<TOKENS, STAGES> &m) {
     const u32 first_row = thread / CHUNKS, chunk = thread % CHUNKS;
     const u32 to = first_row * TILE_ROW_BYTES + (chunk ^ first_row % 8) * 16;
     const u64 row_bytes = u64(p.k_tiles) * TILE_ROW_BYTES;
+    if constexpr (BLOCKS<TOKENS> == 2) acquire_map(p.weights_map);
     u32 step = 0;
-    for (u32 tile = block_index(); tile < tiles; tile += p.blocks) {
-        const Work w = work<TOKENS>(tile, m.first_tile, m.offsets, p.experts);
+    for (u32 tile = block_index() / BLOCKS<TOKENS>; tile < tiles; tile += p.blocks / BLOCKS<TOKENS>) {
+        const Work w = work<TOKENS>(tile, m.first_tile, m.offsets, p.experts, p.n_tiles);
         u64 weights[WIDTH<TOKENS>];
         // Where there is no other tile, the last one comes twice.
         MOE_UNROLL for (u32 i = 0; i < WIDTH<TOKENS>; i++) {
@@ -96,8 +127,17 @@ MOE_DEVICE void fetch(const GroupedGemmParams &p, Memory<TOKENS, STAGES> &m) {
             auto &stage = m.stages[at];
             if (thread == 0) {
                 m.full[at].arrive_expecting(sizeof(stage.weights));
-                MOE_UNROLL for (u32 i = 0; i < WIDTH<TOKENS>; i++) {
-                    bulk_copy<(TOKENS < 128)>(stage.weights[i], p.weights + (weights[i] + k) * TILE_BYTES, TILE_BYTES, m.full[at]);
+                // Of two tiles that both blocks multiply, each fetches one for both.
+                static_assert(BLOCKS<TOKENS> <= WIDTH<TOKENS>, "a block of a pair has a tile to fetch");
+                const u32 mine = BLOCKS<TOKENS> == 2 ? rank_in_pair() : 0;
+                if (w.is_shared) {
+                    const u64 of_mine = mine == 0 ? weights[0] : weights[WIDTH<TOKENS> - 1];
+                    box_to_pair(stage.weights[mine], p.weights_map, u32(of_mine + k) * TILE_ROWS, m.full[at]);
+                } else {
+                    MOE_UNROLL for (u32 i = 0; i < WIDTH<TOKENS>; i++) {
+                        const u64 from = p.weights + (weights[i] + k) * TILE_BYTES;
+                        bulk_copy<(TOKENS < 128)>(stage.weights[i], from, TILE_BYTES, m.full[at]);
+                    }
                 }
             }
             const u32 tokens = shared_address(stage.tokens) + to;
@@ -121,8 +161,9 @@ MOE_DEVICE void fetch(const GroupedGemmParams &p, Memory<TOKENS, STAGES> &m) {
     }
 }
 
-// gate·sigmoid(gate)·up, each step rounded as the host does it.
-MOE_DEVICE float silu_mul(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
+// gate·sigmoid(gate)·up. The division is the fast one, within two units of the last place of f32: what comes of it is rounded to
+// bf16, and the exact one made the end of a tile a tenth of its time.
+MOE_DEVICE float silu_mul(float gate, float up) { return __fdividef(gate, 1.0f + __expf(-gate)) * up; }
 
 // Results of a packed weight row and of the one eight further, which are gate and up where there is an activation.
 struct Pair {
@@ -189,12 +230,23 @@ template <class T, Scales SCALES, u32 TOKENS> struct WeightsByTokens {
         Product<T, TOKENS>::run(d, operand(weights), operand(tokens), add);
     }
 
-    static MOE_DEVICE void add(float (&sum)[SUMS], const float (&part)[SUMS], const float *scales, const float *token_scales) {
+    // What the products of a step are scaled by; tokens are too many for registers.
+    struct Factors {
+        float first, other;
+        const float *tokens;
+
+        MOE_DEVICE Factors times(float x) const { return {first * x, other * x, tokens}; }
+    };
+    static constexpr bool FACTORS_ARE_HELD = false;
+
+    static MOE_DEVICE Factors factors(const float *weights, const float *tokens) { return {weights[0], weights[1], tokens}; }
+
+    static MOE_DEVICE void add(float (&sum)[SUMS], const float (&part)[SUMS], const Factors &factors) {
         const u32 column = thread_index() % 4 * 2;
-        const float first_scale = scales[0], other_scale = scales[1];
+        const float first_scale = factors.first, other_scale = factors.other;
         MOE_UNROLL for (u32 j = 0; j < TOKENS / 8; j++) {
             MOE_UNROLL for (u32 i = 0; i < 2; i++) {
-                const float scale = token_scales[j * 8 + column + i];
+                const float scale = factors.tokens[j * 8 + column + i];
                 sum[4 * j + i] = fmaf(part[4 * j + i], first_scale * scale, sum[4 * j + i]);
                 sum[4 * j + 2 + i] = fmaf(part[4 * j + 2 + i], other_scale * scale, sum[4 * j + 2 + i]);
             }
@@ -228,11 +280,23 @@ template <class T, Scales SCALES> struct TokensByWeights {
     // The first of the two tokens; the other is eight further.
     static MOE_DEVICE u32 first_token() { return thread_index() / 32 * 16 + thread_index() % 32 / 4; }
 
-    static MOE_DEVICE void add(float (&sum)[SUMS], const float (&part)[SUMS], const float *scales, const float *token_scales) {
-        const float token_scale[2] = {token_scales[first_token()], token_scales[first_token() + 8]};
-        float scale[2][2];
-        MOE_UNROLL for (u32 i = 0; i < 4; i++) scale[i / 2][i % 2] = scales[i % 2] * token_scale[i / 2];
-        MOE_UNROLL for (u32 i = 0; i < SUMS; i++) sum[i] = fmaf(part[i], scale[i / 2 % 2][i / 4 % 2], sum[i]);
+    // What the products of a step are scaled by: [token][weight row].
+    struct Factors {
+        float of[2][2];
+
+        MOE_DEVICE Factors times(float x) const { return {{{of[0][0] * x, of[0][1] * x}, {of[1][0] * x, of[1][1] * x}}}; }
+    };
+    static constexpr bool FACTORS_ARE_HELD = true;
+
+    static MOE_DEVICE Factors factors(const float *weights, const float *tokens) {
+        const float of_tokens[2] = {tokens[first_token()], tokens[first_token() + 8]};
+        Factors factors;
+        MOE_UNROLL for (u32 i = 0; i < 4; i++) factors.of[i / 2][i % 2] = weights[i % 2] * of_tokens[i / 2];
+        return factors;
+    }
+
+    static MOE_DEVICE void add(float (&sum)[SUMS], const float (&part)[SUMS], const Factors &factors) {
+        MOE_UNROLL for (u32 i = 0; i < SUMS; i++) sum[i] = fmaf(part[i], factors.of[i / 2 % 2][i / 4 % 2], sum[i]);
     }
 
     // Both tokens' results in bf16, 16 bytes of a row from a thread: the four threads that have two columns each of eight
@@ -288,9 +352,13 @@ template <class T, Scales SCALES> struct TokensByWeights {
 };
 
 // A warp has read a stage.
-MOE_DEVICE void release(Barrier &empty) {
+template <u32 TOKENS> MOE_DEVICE void release(Barrier &empty) {
     __syncwarp();
-    if (lane() == 0) empty.arrive();
+    if (BLOCKS<TOKENS> == 1) {
+        if (lane() == 0) empty.arrive();
+    } else {
+        if (lane() < 2) arrive_at(empty, lane());
+    }
 }
 
 // What a warpgroup does for a tile: the products of k_tiles steps, of which `step` is the first.
@@ -323,35 +391,45 @@ template <class Sums, Scales SCALES, u32 TOKENS, u32 STAGES> struct Steps {
             close_products();
             // The step before this one is done, and its memory can be filled again.
             wait_products<1>();
-            if (k > 0) release(m.empty[(step + k - 1) % STAGES]);
+            if (k > 0) release<TOKENS>(m.empty[(step + k - 1) % STAGES]);
         }
         wait_products<0>();
         const float one = one_from_here();
         MOE_UNROLL for (u32 i = 0; i < WIDTH<TOKENS>; i++) {
             MOE_UNROLL for (u32 j = 0; j < Sums::SUMS; j++) sum[i][j] *= one;
         }
-        release(m.empty[(step + p.k_tiles - 1) % STAGES]);
+        release<TOKENS>(m.empty[(step + p.k_tiles - 1) % STAGES]);
     }
 
-    // Products of each step by themselves. While a warpgroup scales and adds them, the other one multiplies.
+    // Products of each step by themselves. While a warpgroup scales and adds them, the other one multiplies; while they are
+    // made, the warpgroup waits for the next step.
     MOE_DEVICE void in_parts() {
+        // Nothing of the stage is read after its products.
+        constexpr bool HELD = SCALES != Scales::BLOCK || Sums::FACTORS_ARE_HELD;
+        wait(0);
         for (u32 k = 0; k < p.k_tiles; k++) {
             const u32 at = (step + k) % STAGES;
-            wait(k);
+            typename Sums::Factors factors[WIDTH<TOKENS>];
             MOE_UNROLL for (u32 i = 0; i < WIDTH<TOKENS>; i++) {
+                if (SCALES == Scales::BLOCK) factors[i] = Sums::factors(m.weight_scales[at][i], m.token_scales[at]);
+            }
+            MOE_UNROLL for (u32 i = 0; i < WIDTH<TOKENS>; i++) {
+                const bool is_last = i + 1 == WIDTH<TOKENS>;
                 float part[Sums::SUMS];
                 begin_products();
                 start(part, k, i, false);
                 close_products();
+                if (is_last && k + 1 < p.k_tiles) wait(k + 1);
                 wait_products<0>();
+                if (is_last && HELD) release<TOKENS>(m.empty[at]);
+                const float one = one_from_here();
                 if constexpr (SCALES == Scales::BLOCK) {
-                    Sums::add(sum[i], part, m.weight_scales[at][i], m.token_scales[at]);
+                    Sums::add(sum[i], part, factors[i].times(one));
                 } else {
-                    const float one = one_from_here();
                     MOE_UNROLL for (u32 j = 0; j < Sums::SUMS; j++) sum[i][j] = fmaf(part[j], one, sum[i][j]);
                 }
+                if (is_last && !HELD) release<TOKENS>(m.empty[at]);
             }
-            release(m.empty[at]);
         }
     }
 
@@ -359,7 +437,7 @@ template <class Sums, Scales SCALES, u32 TOKENS, u32 STAGES> struct Steps {
     MOE_DEVICE void none() {
         for (u32 k = 0; k < p.k_tiles; k++) {
             wait(k);
-            release(m.empty[(step + k) % STAGES]);
+            release<TOKENS>(m.empty[(step + k) % STAGES]);
         }
     }
 };
@@ -368,8 +446,8 @@ template <class Sums, Scales SCALES, u32 TOKENS, u32 STAGES>
 MOE_DEVICE void multiply(const GroupedGemmParams &p, Memory<TOKENS, STAGES> &m) {
     const u32 tiles = m.first_tile[p.experts], half = thread_index() / 128;
     Steps<Sums, SCALES, TOKENS, STAGES> steps{p, m, 0, {}};
-    for (u32 tile = block_index(); tile < tiles; tile += p.blocks, steps.step += p.k_tiles) {
-        const Work w = work<TOKENS>(tile, m.first_tile, m.offsets, p.experts);
+    for (u32 tile = block_index() / BLOCKS<TOKENS>; tile < tiles; tile += p.blocks / BLOCKS<TOKENS>, steps.step += p.k_tiles) {
+        const Work w = work<TOKENS>(tile, m.first_tile, m.offsets, p.experts, p.n_tiles);
         if (Sums::TOKENS_APART > 0 && half * (TOKENS / 2) >= w.count) {
             steps.none();
             continue;
@@ -380,7 +458,7 @@ MOE_DEVICE void multiply(const GroupedGemmParams &p, Memory<TOKENS, STAGES> &m) 
         if constexpr (SCALES == Scales::NONE) steps.in_place();
         else steps.in_parts();
         MOE_UNROLL for (u32 i = 0; i < WIDTH<TOKENS>; i++) {
-            if (w.n_tile + i < p.n_tiles) Sums::store(p, {w.expert, w.n_tile + i, w.first, w.count}, steps.sum[i]);
+            if (w.n_tile + i < p.n_tiles) Sums::store(p, {w.expert, w.n_tile + i, w.first, w.count, false}, steps.sum[i]);
         }
     }
 }
@@ -398,7 +476,7 @@ MOE_DEVICE void grouped_gemm(const GroupedGemmParams &p) {
         for (u32 i = 0; i < STAGES; i++) {
             m.full[i].init(1 + 128);
             // A lane of each warp that multiplies.
-            m.empty[i].init(2 * 128 / WARP);
+            m.empty[i].init(BLOCKS<TOKENS> * 2 * 128 / WARP);
         }
         fence_barriers();
     }
@@ -407,11 +485,12 @@ MOE_DEVICE void grouped_gemm(const GroupedGemmParams &p) {
         u32 tiles = 0;
         for (u32 e = 0; e < p.experts; e++) {
             m.first_tile[e] = tiles;
-            tiles += (m.offsets[e + 1] - m.offsets[e] + TOKENS - 1) / TOKENS * places<TOKENS>(p.n_tiles);
+            tiles += works<TOKENS>(m.offsets[e + 1] - m.offsets[e], p.n_tiles);
         }
         m.first_tile[p.experts] = tiles;
     }
-    sync_block();
+    if constexpr (BLOCKS<TOKENS> == 1) sync_block();
+    else sync_pair();
     if (thread / 128 == 2) {
         if constexpr (WIDE) give_registers<56>();
         fetch<SCALES>(p, m);
@@ -423,5 +502,7 @@ MOE_DEVICE void grouped_gemm(const GroupedGemmParams &p) {
             multiply<WeightsByTokens<T, SCALES, TOKENS>, SCALES>(p, m);
         }
     }
+    // Nobody leaves whose shared memory the other one may still write to.
+    if constexpr (BLOCKS<TOKENS> == 2) sync_pair();
 }
 } // namespace moe::sm90

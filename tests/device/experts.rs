@@ -1,9 +1,9 @@
 //! Stage 3 on the device against sums in f64, which quantise where the layer does.
 
 use libtest_mimic::Failed;
-use moe_kernels::Float;
 use moe_kernels::experts::{ExpertsCall, ExpertsShape, ExpertsWeights};
 use moe_kernels::grouped_gemm::{GemmScheme, TokenTile};
+use moe_kernels::{Float, pack};
 use rand::seq::index::sample;
 use rand::{Rng, SeedableRng};
 use rand_pcg::Pcg64;
@@ -157,11 +157,14 @@ fn run(
     let (ids, weights, map) = (upload(&integers(ids))?, upload(&floats(weights))?, upload(&integers(&MAP))?);
     let mut workspace = gpu.runtime.alloc(shape.workspace_bytes(rows))?;
     let mut out = gpu.runtime.alloc(rows * shape.hidden * 4)?;
+    let (gate_up_map, down_map) = (pack::map(&gpu.runtime, &gate_up)?, pack::map(&gpu.runtime, &down)?);
     let launches = shape.launches(
         ExpertsWeights {
             gate_up: gate_up.address(),
+            gate_up_map: gate_up_map.address(),
             gate_up_scales: gate_up_scales.address(),
             down: down.address(),
+            down_map: down_map.address(),
             down_scales: down_scales.address(),
         },
         ExpertsCall {

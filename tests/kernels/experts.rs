@@ -2,7 +2,7 @@
 
 use half::bf16;
 use moe_kernels::host_simt::{Schedule, run};
-use moe_kernels::sorting::{MoeSorting, SortingBuffers};
+use moe_kernels::sorting::{MoeSorting, SortPolicy, SortingBuffers};
 use moe_kernels::weighted_sum::{SumBuffers, WeightedSum};
 use moe_kernels::{Arch, Float};
 use rand::seq::index::sample;
@@ -17,6 +17,7 @@ fn sorting_is_that_of_a_loop(
     #[values(Arch::Sm90a, Arch::Gfx942)] arch: Arch,
     #[values(0, 1, 70, 300)] rows: usize,
     #[values(true, false)] has_map: bool,
+    #[values(SortPolicy::SinglePass, SortPolicy::MultiPhase)] policy: SortPolicy,
 ) {
     let seed = rand::random();
     let mut random = Pcg64::seed_from_u64(seed);
@@ -39,16 +40,20 @@ fn sorting_is_that_of_a_loop(
     let mut offsets = vec![UNWRITTEN; experts + 1];
     let mut pair_rows = vec![UNWRITTEN; rows * top_k];
     let mut positions = vec![UNWRITTEN as i32; rows * top_k];
-    let job = MoeSorting { rows, top_k, experts, num_experts };
-    let launch = job.launch(SortingBuffers {
+    let mut counts = vec![UNWRITTEN; MoeSorting::counts_bytes(experts) / 4];
+    let job = MoeSorting { rows, top_k, experts, num_experts, policy };
+    let launches = job.launches(SortingBuffers {
         ids: ids.as_ptr() as u64,
         map: if has_map { map.as_ptr() as u64 } else { 0 },
         offsets: offsets.as_mut_ptr() as u64,
         pair_rows: pair_rows.as_mut_ptr() as u64,
         positions: positions.as_mut_ptr() as u64,
+        counts: counts.as_mut_ptr() as u64,
     });
-    // SAFETY: the buffers are as large as the job says.
-    unsafe { run(arch, &launch.unwrap(), Schedule::of(seed)) }.unwrap();
+    for launch in launches.unwrap().as_slice() {
+        // SAFETY: the buffers are as large as the job says.
+        unsafe { run(arch, launch, Schedule::of(seed)) }.unwrap();
+    }
 
     let local = |id: i32| match usize::try_from(id).ok().filter(|&id| id < num_experts) {
         Some(id) if has_map => map[id],

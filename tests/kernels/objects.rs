@@ -11,10 +11,11 @@ use object::{Object, ObjectSection};
 use rstest::rstest;
 
 /// Object, kernel, bytes of its argument, and whether it is for Hopper alone.
-const KERNELS: [(&str, &str, usize, bool); 9] = [
+const KERNELS: [(&str, &str, usize, bool); 10] = [
     ("quantize_1x128", "quantize_1x128", size_of::<Quantize1x128Params>(), false),
     ("quantize_per_token", "quantize_per_token", size_of::<QuantizePerTokenParams>(), false),
     ("moe_sorting", "moe_sorting", size_of::<MoeSortingParams>(), false),
+    ("moe_sorting", "moe_sorting_place", size_of::<MoeSortingParams>(), false),
     ("router", "router_128", size_of::<RouterParams>(), false),
     ("router", "router_1024", size_of::<RouterParams>(), false),
     ("weighted_sum", "weighted_sum", size_of::<WeightedSumParams>(), false),

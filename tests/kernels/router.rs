@@ -160,9 +160,9 @@ impl Case {
         let all = Schedule { seed, resident: launches.route.grid };
         // SAFETY: the buffers are as large as the router says.
         unsafe { run(arch, &launches.route, if is_one { all } else { Schedule::of(seed) }) }.unwrap();
-        if let Some(sort) = launches.sort {
+        for launch in launches.sort.iter().flat_map(|sort| sort.as_slice()) {
             // SAFETY: as above.
-            unsafe { run(arch, &sort, Schedule::of(seed)) }.unwrap();
+            unsafe { run(arch, launch, Schedule::of(seed)) }.unwrap();
         }
         let pairs = offsets[self.experts] as usize;
         let beyond = pair_rows.split_off(pairs);

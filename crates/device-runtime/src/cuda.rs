@@ -7,7 +7,7 @@ use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 use fused_moe_core::{Device, DeviceKind};
 
-use crate::driver::{Driver, Handle};
+use crate::driver::{Driver, Handle, ROW_MAP_BYTES};
 use crate::error::{DeviceError, DeviceResult, Unavailable};
 use crate::kernel::Dims;
 use crate::runtime::DeviceInfo;
@@ -193,6 +193,41 @@ impl Driver for Cuda {
         };
         // SAFETY: see above; the driver reads the description before it returns.
         self.call("cuMemcpy2DAsync", || unsafe { sys::cuMemcpy2DAsync_v2(&copy, raw(stream)) }.result())
+    }
+
+    unsafe fn row_map(
+        &self,
+        address: u64,
+        rows: usize,
+        row_bytes: u32,
+        box_rows: u32,
+    ) -> DeviceResult<[u8; ROW_MAP_BYTES]> {
+        let mut map = sys::CUtensorMap { opaque: [0; 16] };
+        let (sizes, pitch) = ([u64::from(row_bytes), rows as u64], [u64::from(row_bytes)]);
+        let (of_box, steps) = ([row_bytes, box_rows], [1, 1]);
+        // SAFETY: see above; the driver reads the arrays, which are as long as the rank says, and writes the map.
+        self.call("cuTensorMapEncodeTiled", || unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &mut map,
+                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT8,
+                2,
+                raw(address),
+                sizes.as_ptr(),
+                pitch.as_ptr(),
+                of_box.as_ptr(),
+                steps.as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+            .result()
+        })?;
+        let mut bytes = [0; ROW_MAP_BYTES];
+        for (to, word) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(map.opaque) {
+            *to = word.to_ne_bytes();
+        }
+        Ok(bytes)
     }
 
     unsafe fn fill(&self, to: u64, byte: u8, bytes: usize, stream: Handle) -> DeviceResult<()> {

@@ -9,6 +9,9 @@ use crate::error::DeviceResult;
 use crate::kernel::Dims;
 use crate::runtime::DeviceInfo;
 
+/// Bytes of what a copy engine is told of rows in memory.
+pub(crate) const ROW_MAP_BYTES: usize = 128;
+
 /// A stream, an event, a module, a function or a graph.
 pub(crate) type Handle = u64;
 
@@ -36,6 +39,14 @@ pub(crate) trait Driver: Debug + Send + Sync {
         size: (usize, usize),
         stream: Handle,
     ) -> DeviceResult<()>;
+    /// What tells the copy engine that `rows` of `row_bytes` bytes begin at `address`, fetched `box_rows` at a time.
+    unsafe fn row_map(
+        &self,
+        address: u64,
+        rows: usize,
+        row_bytes: u32,
+        box_rows: u32,
+    ) -> DeviceResult<[u8; ROW_MAP_BYTES]>;
     unsafe fn fill(&self, to: u64, byte: u8, bytes: usize, stream: Handle) -> DeviceResult<()>;
 
     fn create_stream(&self) -> DeviceResult<Handle>;

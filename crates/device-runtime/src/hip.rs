@@ -10,7 +10,7 @@ use std::ptr;
 use fused_moe_core::{Device, DeviceKind};
 use hip_sys::hiprt as sys;
 
-use crate::driver::{Driver, Handle};
+use crate::driver::{Driver, Handle, ROW_MAP_BYTES};
 use crate::error::{DeviceError, DeviceResult, Unavailable};
 use crate::kernel::Dims;
 use crate::runtime::DeviceInfo;
@@ -263,6 +263,11 @@ impl Driver for Hip {
                 raw(stream)
             )
         )
+    }
+
+    unsafe fn row_map(&self, _: u64, _: usize, _: u32, _: u32) -> DeviceResult<[u8; ROW_MAP_BYTES]> {
+        let text = "AMD's devices have no copy engine that takes maps of rows".to_owned();
+        Err(DeviceError { device: self.device, call: "row_map", code: -1, text })
     }
 
     unsafe fn fill(&self, to: u64, byte: u8, bytes: usize, stream: Handle) -> DeviceResult<()> {

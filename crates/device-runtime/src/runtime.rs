@@ -104,6 +104,27 @@ impl Runtime {
         DeviceBuffer::new(&self.driver, bytes)
     }
 
+    /// A map of `buffer` for the copy engine of NVIDIA's devices (a tensor map), in memory of the device: `buffer` as rows of
+    /// `row_bytes` bytes, at most 256, of which `box_rows`, at most 256 too, are fetched at a time. It names the buffer, and is of
+    /// no use once that is freed.
+    ///
+    /// # Errors
+    /// Of the driver; on AMD's devices, that there is no such thing.
+    pub fn row_map(
+        &self,
+        buffer: &DeviceBuffer,
+        row_bytes: u32,
+        box_rows: u32,
+    ) -> DeviceResult<DeviceBuffer> {
+        // Drivers refuse a map of nothing; that of an empty buffer is one that nobody uses.
+        let rows = (buffer.bytes() / row_bytes.max(1) as usize).max(1);
+        // SAFETY: the buffer is alive and has that many rows.
+        let map = unsafe { self.driver.row_map(buffer.address(), rows, row_bytes, box_rows)? };
+        let mut there = self.alloc(map.len())?;
+        there.write(&map)?;
+        Ok(there)
+    }
+
     /// A new stream, which does not wait for the default stream.
     ///
     /// # Errors

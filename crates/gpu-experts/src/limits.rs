@@ -94,7 +94,14 @@ fn ranks(config: &MoeConfig) -> impl Iterator<Item = Rank> {
 fn beyond_counters(config: &MoeConfig) -> Option<String> {
     let most = ranks(config).max_by_key(|&rank| config.placement.num_local_experts(rank))?;
     let rows = config.ep_size().saturating_mul(config.max_tokens_per_rank);
-    let weights = ExpertsWeights { gate_up: 0, gate_up_scales: 0, down: 0, down_scales: 0 };
+    let weights = ExpertsWeights {
+        gate_up: 0,
+        gate_up_map: 0,
+        gate_up_scales: 0,
+        down: 0,
+        down_map: 0,
+        down_scales: 0,
+    };
     let call = ExpertsCall {
         rows,
         tokens: 0,

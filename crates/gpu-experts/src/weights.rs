@@ -44,8 +44,10 @@ impl std::fmt::Display for Layout {
 pub(crate) struct PackedExperts {
     layout: Layout,
     gate_up: DeviceBuffer,
+    gate_up_map: DeviceBuffer,
     gate_up_scales: DeviceBuffer,
     down: DeviceBuffer,
+    down_map: DeviceBuffer,
     down_scales: DeviceBuffer,
     /// [`Layout::map`], unless every expert is here and has its own number.
     map: Option<DeviceBuffer>,
@@ -84,10 +86,13 @@ impl PackedExperts {
             GemmScheme::Fp8Block => (blocks, blocks / 2),
             GemmScheme::Fp8Row => (2 * intermediate, hidden),
         };
+        let (gate_up, down) = (runtime.alloc(count * 2 * matrix)?, runtime.alloc(count * matrix)?);
         let mut this = Self {
-            gate_up: runtime.alloc(count * 2 * matrix)?,
+            gate_up_map: pack::map(runtime, &gate_up)?,
+            gate_up,
             gate_up_scales: runtime.alloc(count * gate_up_scales * 4)?,
-            down: runtime.alloc(count * matrix)?,
+            down_map: pack::map(runtime, &down)?,
+            down,
             down_scales: runtime.alloc(count * down_scales * 4)?,
             map: None,
             layout,
@@ -111,8 +116,13 @@ impl PackedExperts {
     }
 
     pub(crate) fn into_weights(self) -> ExpertWeights {
-        let buffers = [&self.gate_up, &self.gate_up_scales, &self.down, &self.down_scales];
-        let bytes = buffers.into_iter().chain(&self.map).map(DeviceBuffer::bytes).sum();
+        let weights = [&self.gate_up, &self.gate_up_map, &self.down, &self.down_map];
+        let bytes = weights
+            .into_iter()
+            .chain([&self.gate_up_scales, &self.down_scales])
+            .chain(&self.map)
+            .map(DeviceBuffer::bytes)
+            .sum();
         ExpertWeights::new(NAME, self, bytes)
     }
 
@@ -138,8 +148,10 @@ impl PackedExperts {
     pub(crate) fn addresses(&self) -> ExpertsWeights {
         ExpertsWeights {
             gate_up: self.gate_up.address(),
+            gate_up_map: self.gate_up_map.address(),
             gate_up_scales: self.gate_up_scales.address(),
             down: self.down.address(),
+            down_map: self.down_map.address(),
             down_scales: self.down_scales.address(),
         }
     }

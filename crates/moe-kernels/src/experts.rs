@@ -12,7 +12,7 @@ use crate::loaded::Kernels;
 use crate::quantize::{
     Quantize1x128, Quantize1x128Params, QuantizeBuffers, QuantizePerToken, QuantizePerTokenParams,
 };
-use crate::sorting::{MoeSorting, MoeSortingParams, SortingBuffers};
+use crate::sorting::{MoeSorting, SortPolicy, SortingBuffers, SortingLaunches};
 use crate::weighted_sum::{SumBuffers, WeightedSum, WeightedSumParams};
 
 /// Alignment of every piece of the workspace.
@@ -46,10 +46,14 @@ pub struct ExpertsShape {
 pub struct ExpertsWeights {
     /// Gate and up of all experts.
     pub gate_up: u64,
+    /// Their map, see [`crate::pack::map`].
+    pub gate_up_map: u64,
     /// Their scales; 0 for bf16.
     pub gate_up_scales: u64,
     /// Down of all experts.
     pub down: u64,
+    /// Its map.
+    pub down_map: u64,
     /// Its scales; 0 for bf16.
     pub down_scales: u64,
 }
@@ -83,6 +87,7 @@ struct Pieces {
     offsets: usize,
     pair_rows: usize,
     positions: usize,
+    counts: usize,
     activated: usize,
     codes: usize,
     scales: usize,
@@ -93,7 +98,7 @@ struct Pieces {
 /// The launches of a call, in order.
 #[derive(Clone, Copy, Debug)]
 pub struct ExpertsLaunches {
-    sort: Launch<MoeSortingParams>,
+    sort: SortingLaunches,
     gate_up: Launch<GroupedGemmParams>,
     quantize: Requantize,
     down: Launch<GroupedGemmParams>,
@@ -130,6 +135,7 @@ impl ExpertsShape {
             offsets: piece((self.experts + 1) * 4),
             pair_rows: piece(slots * 4),
             positions: piece(slots * 4),
+            counts: piece(MoeSorting::counts_bytes(self.experts)),
             activated: piece(pairs * self.intermediate * 2),
             codes: piece(codes),
             scales: piece(scales),
@@ -162,15 +168,18 @@ impl ExpertsShape {
             tile: call.tile,
             compute_units,
         };
-        let sort = MoeSorting { rows, top_k, experts, num_experts }.launch(SortingBuffers {
+        let sort = MoeSorting { rows, top_k, experts, num_experts, policy: SortPolicy::Auto };
+        let sort = sort.launches(SortingBuffers {
             ids: call.ids,
             map: call.map,
             offsets: at(pieces.offsets),
             pair_rows: at(pieces.pair_rows),
             positions: at(pieces.positions),
+            counts: at(pieces.counts),
         })?;
         let gate_up = gemm(2 * intermediate, hidden, true).launch(GemmBuffers {
             weights: weights.gate_up,
+            weights_map: weights.gate_up_map,
             weight_scales: weights.gate_up_scales,
             tokens: call.tokens,
             token_scales: call.token_scales,
@@ -206,6 +215,7 @@ impl ExpertsShape {
         let is_quantized = scheme != GemmScheme::Bf16;
         let down = gemm(hidden, intermediate, false).launch(GemmBuffers {
             weights: weights.down,
+            weights_map: weights.down_map,
             weight_scales: weights.down_scales,
             tokens: if is_quantized { at(pieces.codes) } else { at(pieces.activated) },
             token_scales: at(pieces.scales),
@@ -235,7 +245,7 @@ impl ExpertsLaunches {
     pub unsafe fn enqueue(&self, kernels: &Kernels, stream: &Stream) -> Result<(), DeviceError> {
         // SAFETY: the caller vouches for the memory; the pieces of the workspace do not overlap, and the kernels run in order.
         unsafe {
-            kernels.launch(&self.sort, stream)?;
+            self.sort.enqueue(kernels, stream)?;
             kernels.launch(&self.gate_up, stream)?;
             match &self.quantize {
                 Requantize::Not => {}

@@ -119,7 +119,7 @@ pub struct GroupedGemm {
     pub products: Float,
     /// Tokens of a tile.
     pub tile: TokenTile,
-    /// Multiprocessors of the device: as many blocks stay on it.
+    /// Multiprocessors of the device: as many blocks stay on it, an even number of the largest tile.
     pub compute_units: u32,
 }
 
@@ -128,6 +128,8 @@ pub struct GroupedGemm {
 pub struct GemmBuffers {
     /// As [`crate::pack`] packs them.
     pub weights: u64,
+    /// Their map, see [`crate::pack::map`]; only the largest tile reads it.
+    pub weights_map: u64,
     /// f32: `[experts, n / 128, k bytes / 128, 2]` for blocks, `[experts, n]` in packed order for rows, nothing for bf16.
     pub weight_scales: u64,
     /// `[rows, k]`.
@@ -152,6 +154,7 @@ pub struct GroupedGemmParams {
     token_scales: u64,
     rows: u64,
     offsets: u64,
+    weights_map: u64,
     out: u64,
     experts: u32,
     n_tiles: u32,
@@ -161,9 +164,9 @@ pub struct GroupedGemmParams {
     out_is_bf16: u32,
 }
 
-const _: () = assert!(size_of::<GroupedGemmParams>() == 80);
+const _: () = assert!(size_of::<GroupedGemmParams>() == 88);
 
-// SAFETY: `repr(C)`, seven fields of 8 bytes and six of 4, 80 bytes in all, so there is no padding; the struct in
+// SAFETY: `repr(C)`, eight fields of 8 bytes and six of 4, 88 bytes in all, so there is no padding; the struct in
 // `kernels/experts/grouped_gemm.h` has the same fields in the same order.
 unsafe impl KernelParams for GroupedGemmParams {}
 
@@ -183,10 +186,22 @@ impl GroupedGemm {
             let (what, size) = ("local experts", self.experts);
             return Err(BadLaunch::TooLarge { kernel, what, size, limit: MAX_EXPERTS });
         }
-        let GemmBuffers { weights, weight_scales, tokens, token_scales, pair_rows, offsets, out } = buffers;
+        let GemmBuffers {
+            weights,
+            weights_map,
+            weight_scales,
+            tokens,
+            token_scales,
+            pair_rows,
+            offsets,
+            out,
+        } = buffers;
+        // Blocks of the largest tile go in pairs.
+        let in_pairs = self.tile == TokenTile::T128;
+        let blocks = if in_pairs { (self.compute_units & !1).max(2) } else { self.compute_units };
         Ok(Launch {
             kernel,
-            grid: self.compute_units,
+            grid: blocks,
             block: THREADS,
             shared_bytes: SHARED_BYTES,
             params: GroupedGemmParams {
@@ -196,11 +211,12 @@ impl GroupedGemm {
                 token_scales,
                 rows: pair_rows,
                 offsets,
+                weights_map,
                 out,
                 experts: narrow("local experts", self.experts)?,
                 n_tiles: narrow("weight rows", n / TILE_ROWS)?,
                 k_tiles: narrow("bytes of k", k_bytes / TILE_ROW_BYTES)?,
-                blocks: self.compute_units,
+                blocks,
                 has_activation: u32::from(self.has_activation),
                 out_is_bf16: self.products.is_bf16(),
             },
@@ -240,6 +256,7 @@ mod tests {
         };
         let nowhere = GemmBuffers {
             weights: 0,
+            weights_map: 0,
             weight_scales: 0,
             tokens: 0,
             token_scales: 0,

@@ -80,6 +80,10 @@ entries! {
         Sm90a moe_sm_90a_quantize_per_token, Gfx942 moe_gfx942_quantize_per_token, Gfx950 moe_gfx950_quantize_per_token;
     "moe_sorting":
         Sm90a moe_sm_90a_moe_sorting, Gfx942 moe_gfx942_moe_sorting, Gfx950 moe_gfx950_moe_sorting;
+    "moe_sorting_count":
+        Sm90a moe_sm_90a_moe_sorting_count, Gfx942 moe_gfx942_moe_sorting_count, Gfx950 moe_gfx950_moe_sorting_count;
+    "moe_sorting_place":
+        Sm90a moe_sm_90a_moe_sorting_place, Gfx942 moe_gfx942_moe_sorting_place, Gfx950 moe_gfx950_moe_sorting_place;
     "router_128":
         Sm90a moe_sm_90a_router_128, Gfx942 moe_gfx942_router_128, Gfx950 moe_gfx950_router_128;
     "router_256":

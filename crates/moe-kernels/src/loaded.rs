@@ -14,7 +14,7 @@ use crate::registry::{NoObject, object};
 const FOR_ALL: &[(&str, &[&str])] = &[
     ("quantize_1x128", &["quantize_1x128"]),
     ("quantize_per_token", &["quantize_per_token"]),
-    ("moe_sorting", &["moe_sorting"]),
+    ("moe_sorting", &["moe_sorting", "moe_sorting_count", "moe_sorting_place"]),
     ("router", &["router_128", "router_256", "router_512", "router_1024"]),
     ("weighted_sum", &["weighted_sum"]),
 ];

@@ -5,6 +5,8 @@
 //! eight rows of gate and eight of up alternate, so that one thread gets both halves of an output. Nothing is lost:
 //! [`unpack`] gives the rows back.
 
+use device_runtime::{DeviceBuffer, DeviceResult, Runtime};
+
 use crate::launch::BadLaunch;
 
 /// Rows of a tile.
@@ -21,6 +23,14 @@ const RUN: usize = 8;
 fn source(row: usize) -> (bool, usize) {
     let (run, within) = (row / RUN, row % RUN);
     (run % 2 == 1, run / 2 * RUN + within)
+}
+
+/// The map by which two blocks fetch a tile of `packed` together, in memory of the device; to be kept as long as `packed`.
+///
+/// # Errors
+/// Of the driver.
+pub fn map(runtime: &Runtime, packed: &DeviceBuffer) -> DeviceResult<DeviceBuffer> {
+    runtime.row_map(packed, TILE_ROW_BYTES as u32, TILE_ROWS as u32)
 }
 
 /// Packs `[intermediate, k]` of gate and of up, each row `k_bytes` long, as one matrix of `2 · intermediate` rows.

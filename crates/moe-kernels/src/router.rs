@@ -9,7 +9,7 @@ use router::{Division, Recipe, RoutingError, Score};
 
 use crate::launch::{BadLaunch, Float, KernelParams, Launch};
 use crate::loaded::Kernels;
-use crate::sorting::{MoeSorting, MoeSortingParams, SortingBuffers};
+use crate::sorting::{MoeSorting, SortPolicy, SortingBuffers, SortingLaunches};
 
 /// Kernels by how many experts they can do.
 const KERNELS: [(&str, usize); 4] =
@@ -147,7 +147,7 @@ pub struct RouterLaunches {
     /// Routes, and sorts if there is no other launch that does. Its blocks wait for each other if it sorts.
     pub route: Launch<RouterParams>,
     /// Sorts.
-    pub sort: Option<Launch<MoeSortingParams>>,
+    pub sort: Option<SortingLaunches>,
 }
 
 impl FusedRouter {
@@ -233,6 +233,11 @@ impl FusedRouter {
 
     /// Bytes of workspace of a call of any number of rows.
     pub fn workspace_bytes(&self) -> usize {
+        self.router_workspace_bytes() + MoeSorting::counts_bytes(self.experts)
+    }
+
+    /// Of these, the first ones are the router's.
+    fn router_workspace_bytes(&self) -> usize {
         (WORKSPACE_HEAD + MAX_SORTING_BLOCKS / 4 * self.experts) * 4
     }
 
@@ -260,9 +265,10 @@ impl FusedRouter {
         let most = if sorts { self.max_blocks } else { rows };
         let block_rows = rows.div_ceil(most).max(BLOCK_ROWS);
         let blocks = rows.div_ceil(block_rows).max(1);
-        let sort =
-            MoeSorting { rows, top_k: self.top_k, experts: self.experts, num_experts: self.num_experts };
-        let sort = sort.launch(SortingBuffers { ids, map, offsets, pair_rows, positions })?;
+        let (top_k, experts, num_experts) = (self.top_k, self.experts, self.num_experts);
+        let sort = MoeSorting { rows, top_k, experts, num_experts, policy: SortPolicy::Auto };
+        let counts = workspace + self.router_workspace_bytes() as u64;
+        let sort = sort.launches(SortingBuffers { ids, map, offsets, pair_rows, positions, counts })?;
         let route = Launch {
             kernel: self.kernel,
             grid: narrow("blocks", blocks)?,
@@ -314,7 +320,7 @@ impl RouterLaunches {
         // SAFETY: the caller vouches for the memory and for the blocks; the kernels run in order.
         unsafe {
             kernels.launch(&self.route, stream)?;
-            self.sort.as_ref().map_or(Ok(()), |sort| kernels.launch(sort, stream))
+            self.sort.as_ref().map_or(Ok(()), |sort| sort.enqueue(kernels, stream))
         }
     }
 }

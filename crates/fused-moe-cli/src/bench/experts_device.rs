@@ -8,8 +8,9 @@ use std::time::Duration;
 use fused_moe::device::{DeviceBuffer, DeviceResult, Runtime, Stream};
 use fused_moe::kernels::experts::{ExpertsCall, ExpertsShape, ExpertsWeights};
 use fused_moe::kernels::grouped_gemm::{GemmScheme, TokenTile};
-use fused_moe::kernels::{Float, Kernels};
-use fused_moe::{Device, DeviceKind};
+use fused_moe::kernels::{Float, Kernels, pack};
+use fused_moe::quant::encode;
+use fused_moe::{Device, DeviceKind, Fp8Format};
 use half::bf16;
 use rand::seq::index;
 use rand::{Rng, SeedableRng};
@@ -144,9 +145,13 @@ struct Bench<'b> {
 /// Random weights, packed as they are: what is timed does not depend on which number is where.
 struct Weights {
     gate_up: DeviceBuffer,
+    gate_up_map: DeviceBuffer,
     gate_up_scales: DeviceBuffer,
     down: DeviceBuffer,
+    down_map: DeviceBuffer,
     down_scales: DeviceBuffer,
+    /// What they repeat.
+    piece: Vec<u8>,
 }
 
 impl Bench<'_> {
@@ -162,33 +167,31 @@ impl Bench<'_> {
         let piece = self.codes(&mut random, (32 << 20) - 4094);
         let scales: Vec<u8> =
             (0..1 << 20).flat_map(|_| random.random_range(1e-4..2e-4_f32).to_le_bytes()).collect();
-        let filled = |bytes: usize, piece: &[u8]| -> DeviceResult<DeviceBuffer> {
-            let mut buffer = self.runtime.alloc(bytes)?;
-            for at in (0..bytes).step_by(piece.len()) {
-                buffer.write_at(at, &piece[..piece.len().min(bytes - at)])?;
-            }
-            Ok(buffer)
-        };
         let bytes = self.expert_bytes() / 3 * experts;
         // As many scales as any scheme has.
         let most = |n: usize, k: usize| experts * (n / 128 * k.div_ceil(128) * 2).max(n) * 4;
+        let (gate_up, down) = (self.filled(2 * bytes, &piece)?, self.filled(bytes, &piece)?);
         Ok(Weights {
-            gate_up: filled(2 * bytes, &piece)?,
-            gate_up_scales: filled(most(2 * intermediate, hidden), &scales)?,
-            down: filled(bytes, &piece)?,
-            down_scales: filled(most(hidden, intermediate), &scales)?,
+            gate_up_map: pack::map(self.runtime, &gate_up)?,
+            gate_up,
+            gate_up_scales: self.filled(most(2 * intermediate, hidden), &scales)?,
+            down_map: pack::map(self.runtime, &down)?,
+            down,
+            down_scales: self.filled(most(hidden, intermediate), &scales)?,
+            piece,
         })
     }
 
+    /// Normally distributed numbers, as weights and activations are: of what is multiplied depends how much power it takes, and
+    /// on that the clock.
     fn codes(&self, random: &mut Pcg64, bytes: usize) -> Vec<u8> {
+        // Of twelve uniform numbers, the sum has a deviation of one.
+        let mut normal = || (0..12).map(|_| random.random_range(-0.5..0.5_f32)).sum::<f32>();
         match self.shape.scheme {
-            GemmScheme::Bf16 => (0..bytes / 2)
-                .flat_map(|_| bf16::from_f32(random.random_range(-0.02..0.02)).to_le_bytes())
-                .collect(),
-            // Neither of the codes of NaN.
-            _ => {
-                (0..bytes).map(|_| random.random_range(0..0x7f_u8) | (random.random::<u8>() & 0x80)).collect()
+            GemmScheme::Bf16 => {
+                (0..bytes / 2).flat_map(|_| bf16::from_f32(0.02 * normal()).to_le_bytes()).collect()
             }
+            _ => (0..bytes).map(|_| encode(Fp8Format::E4M3Fn, 60.0 * normal())).collect(),
         }
     }
 
@@ -217,9 +220,11 @@ impl Bench<'_> {
         let floats = |len: usize, value: f32| {
             self.upload(&vec![value; len].iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<_>>())
         };
-        let codes = self.codes(&mut random, received * hidden * self.shape.scheme.bytes());
-        let (ids, map, codes) =
-            (integers(&ids).or_failed()?, integers(&map).or_failed()?, self.upload(&codes).or_failed()?);
+        let (ids, map, codes) = (
+            integers(&ids).or_failed()?,
+            integers(&map).or_failed()?,
+            self.filled(received * hidden * self.shape.scheme.bytes(), &weights.piece).or_failed()?,
+        );
         let token_scales = floats(received * hidden.div_ceil(128), 0.01).or_failed()?;
         let router_weights = floats(received * top_k, 0.125).or_failed()?;
         let workspace = self.runtime.alloc(self.shape.workspace_bytes(received)).or_failed()?;
@@ -231,8 +236,10 @@ impl Bench<'_> {
             let launches = self.shape.launches(
                 ExpertsWeights {
                     gate_up: weights.gate_up.address(),
+                    gate_up_map: weights.gate_up_map.address(),
                     gate_up_scales: weights.gate_up_scales.address(),
                     down: weights.down.address(),
+                    down_map: weights.down_map.address(),
                     down_scales: weights.down_scales.address(),
                 },
                 ExpertsCall {
@@ -273,6 +280,15 @@ impl Bench<'_> {
             });
         }
         Ok(rows)
+    }
+
+    /// `piece` over and over.
+    fn filled(&self, bytes: usize, piece: &[u8]) -> DeviceResult<DeviceBuffer> {
+        let mut buffer = self.runtime.alloc(bytes)?;
+        for at in (0..bytes).step_by(piece.len()) {
+            buffer.write_at(at, &piece[..piece.len().min(bytes - at)])?;
+        }
+        Ok(buffer)
     }
 
     fn upload(&self, bytes: &[u8]) -> DeviceResult<DeviceBuffer> {
