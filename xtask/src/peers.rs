@@ -25,7 +25,7 @@ pub struct Peers {
     /// Threads. One is measured by CPU time, more by wall time.
     #[arg(long, value_delimiter = ',', default_value = "1")]
     threads: Vec<usize>,
-    /// Our schemes, as `fmoe bench experts --quant` names them.
+    /// Our schemes, as `fmoe bench experts --quant` names them, and f32.
     #[arg(long, value_delimiter = ',', default_value = "none,fp8-block")]
     quant: Vec<String>,
     /// Peers of benches/peers/experts.py; none with an empty value.
@@ -237,9 +237,16 @@ impl Programs {
             );
             Ok(())
         };
-        let mut ours = Command::new(&self.fmoe);
-        ours.args(["bench", "experts", "--json", "--threads", &threads, "--quant", &wanted.quant.join(",")]);
-        add("fused-moe ", ours.arg("--shape").arg(definition).arg("--routing").arg(routing))?;
+        let (f32, quants): (Vec<String>, Vec<String>) =
+            wanted.quant.iter().cloned().partition(|quant| quant == "f32");
+        for schemes in [vec!["--f32".to_owned(); f32.len()], vec!["--quant".to_owned(), quants.join(",")]] {
+            if schemes.last().is_none_or(|last| last.is_empty()) {
+                continue;
+            }
+            let mut ours = Command::new(&self.fmoe);
+            ours.args(["bench", "experts", "--json", "--threads", &threads]).args(schemes);
+            add("fused-moe ", ours.arg("--shape").arg(definition).arg("--routing").arg(routing))?;
+        }
         if !wanted.kernels.is_empty() {
             let mut theirs = Command::new(&self.python);
             theirs.arg(&self.script).args(["--threads", &threads, "--kernels", &wanted.kernels.join(",")]);

@@ -5,6 +5,7 @@ mod clock;
 pub mod comm;
 pub mod experts;
 mod experts_device;
+mod experts_f32;
 pub mod quant;
 mod replays;
 pub mod router;

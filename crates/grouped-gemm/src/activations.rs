@@ -1,4 +1,4 @@
-//! The left operand: rows of activations, bf16 or fp8 with scales, in the caller's memory.
+//! The left operand: rows of activations, bf16, f32 or fp8 with scales, in the caller's memory.
 
 use half::bf16;
 
@@ -49,6 +49,8 @@ pub enum Activations<'a> {
         /// One for all rows.
         scale: f32,
     },
+    /// f32 values, for f32 weights only, which take no others.
+    F32(Rows<'a, f32>),
     /// fp8 codes with `x = code * scale`. The codes are widened to bf16 exactly, the scales are
     /// applied to f32 sums.
     Fp8 {
@@ -77,6 +79,10 @@ impl Activations<'_> {
     pub(crate) fn check(&self, k: usize) -> Result<usize, GemmError> {
         let (codes, scale) = match self {
             Activations::Bf16(rows) | Activations::ScaledBf16 { values: rows, .. } => {
+                rows.check("activation", k)?;
+                return Ok(rows.count(k));
+            }
+            Activations::F32(rows) => {
                 rows.check("activation", k)?;
                 return Ok(rows.count(k));
             }
@@ -115,7 +121,13 @@ impl Activations<'_> {
         }
     }
 
-    /// Widens `pairs` of row `row` to operand words. An odd K ends in a zero half.
+    /// Whether they are f32.
+    pub(crate) fn is_f32(&self) -> bool {
+        matches!(self, Activations::F32(_))
+    }
+
+    /// Widens `pairs` of row `row` to operand words. An odd K ends in a zero half. Of f32 values each is a word, and
+    /// `pairs` counts these.
     pub(crate) fn pack_row<K: Kernel>(&self, kernel: K, row: usize, pairs: PairRange, words: &mut [u32]) {
         let (start, end) = (2 * pairs.start, (2 * pairs.end).min(pairs.k));
         match self {
@@ -133,6 +145,10 @@ impl Activations<'_> {
                         }
                     },
                 );
+            }
+            Activations::F32(rows) => {
+                let row = &rows.row(row, pairs.k)[pairs.start..pairs.end];
+                words.iter_mut().zip(row).for_each(|(word, value)| *word = value.to_bits());
             }
             Activations::Fp8 { codes, kind, .. } => {
                 kernel.decode_row(*kind, &codes.row(row, pairs.k)[start..end], words);

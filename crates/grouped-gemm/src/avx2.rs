@@ -40,8 +40,11 @@ impl Kernel for Avx2 {
     }
 
     fn multiply(self, tile: Tile<'_>, panel: PanelPairs<'_>) {
-        let PanelPairs::Bf16(panel) = panel else {
-            unreachable!("a kernel without fp8 tiles gets decoded panels");
+        let panel = match panel {
+            PanelPairs::Bf16(panel) => panel,
+            // SAFETY: `self` proves that the machine has the features.
+            PanelPairs::F32(panel) => return unsafe { multiply_f32(tile, panel) },
+            _ => unreachable!("a kernel without fp8 tiles gets decoded panels"),
         };
         // SAFETY: `self` proves that the machine has the features.
         unsafe {
@@ -122,6 +125,52 @@ fn multiply<const M: usize, const W: usize>(tile: Tile<'_>, panel: &[u32]) {
                         };
                         _mm256_storeu_ps(sums.add(at(row, i)), total);
                     }
+                }
+            }
+        }
+    }
+}
+
+/// f32 rows, as many of them and as wide at a time as the registers hold. There are no block scales.
+#[target_feature(enable = "avx2,fma")]
+fn multiply_f32(tile: Tile<'_>, panel: &[u32]) {
+    match tile.rows {
+        1 => multiply_f32_rows::<1, 8>(tile, panel),
+        2 => multiply_f32_rows::<2, 4>(tile, panel),
+        3 => multiply_f32_rows::<3, 4>(tile, panel),
+        4 => multiply_f32_rows::<4, 2>(tile, panel),
+        5 => multiply_f32_rows::<5, 2>(tile, panel),
+        6 => multiply_f32_rows::<6, 2>(tile, panel),
+        rows => unreachable!("a tile of {rows} rows"),
+    }
+}
+
+#[target_feature(enable = "avx2,fma")]
+fn multiply_f32_rows<const M: usize, const W: usize>(tile: Tile<'_>, panel: &[u32]) {
+    let Tile { words, pitch, sums, sums_pitch, .. } = tile;
+    let k = panel.len() / PANEL;
+    assert!(words.len() >= (M - 1) * pitch + k, "operand rows are complete");
+    assert!(sums.len() >= (M - 1) * sums_pitch + PANEL, "rows of sums are complete");
+    let (words, sums) = (words.as_ptr().cast::<f32>(), sums.as_mut_ptr());
+    for column in (0..PANEL).step_by(W * LANES) {
+        // SAFETY: the assertions cover `k` words and 64 columns of sums in every row, and the panel has 64 words per k.
+        unsafe {
+            let at = |row: usize, i: usize| sums.add(row * sums_pitch + column + i * LANES);
+            let mut total: Sums<M, W> =
+                std::array::from_fn(|row| std::array::from_fn(|i| _mm256_loadu_ps(at(row, i))));
+            for k in 0..k {
+                let line = panel.as_ptr().add(k * PANEL + column).cast::<f32>();
+                let columns: [__m256; W] = std::array::from_fn(|i| _mm256_loadu_ps(line.add(i * LANES)));
+                for (row, total) in total.iter_mut().enumerate() {
+                    let value = _mm256_broadcast_ss(&*words.add(row * pitch + k));
+                    for (sum, column) in total.iter_mut().zip(columns) {
+                        *sum = _mm256_fmadd_ps(value, column, *sum);
+                    }
+                }
+            }
+            for (row, total) in total.into_iter().enumerate() {
+                for (i, total) in total.into_iter().enumerate() {
+                    _mm256_storeu_ps(at(row, i), total);
                 }
             }
         }

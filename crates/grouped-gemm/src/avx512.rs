@@ -53,6 +53,10 @@ impl Kernel for Avx512 {
                     let (first, pairs) = (words.as_ptr(), words.len() / PANEL);
                     multiply_rows(tile, Bf16Lines { first, pairs });
                 }
+                PanelPairs::F32(words) => {
+                    let (first, pairs) = (words.as_ptr(), words.len() / PANEL);
+                    multiply_rows(tile, F32Lines(Bf16Lines { first, pairs }));
+                }
                 PanelPairs::Fp4(_) => unreachable!("fp4 panels are decoded before they are multiplied"),
                 PanelPairs::Fp8 { codes, kind } => multiply_codes(tile, kind, codes, DoNotKeep),
             }
@@ -95,6 +99,16 @@ trait Lines: Copy {
     /// # Safety
     /// The machine has the features of [`Avx512`] and `pair < self.pairs()`.
     unsafe fn load(&self, pair: usize) -> [__m512i; WIDE];
+
+    /// `sum + a.0 * b.0 + a.1 * b.1` in every lane.
+    ///
+    /// # Safety
+    /// The machine has the features of [`Avx512`].
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512bf16")]
+    unsafe fn dot(sum: __m512, a: __m512i, b: __m512i) -> __m512 {
+        dot(sum, a, b)
+    }
 }
 
 /// Operand words in memory.
@@ -118,6 +132,30 @@ impl Lines for Bf16Lines {
             let line = self.first.add(pair * PANEL);
             std::array::from_fn(|i| _mm512_loadu_si512(line.add(i * LANES).cast()))
         }
+    }
+}
+
+/// f32 values where pairs are: one product to a lane.
+#[derive(Clone, Copy)]
+struct F32Lines(Bf16Lines);
+
+impl Lines for F32Lines {
+    #[inline(always)]
+    fn pairs(&self) -> usize {
+        self.0.pairs
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512bf16")]
+    unsafe fn load(&self, pair: usize) -> [__m512i; WIDE] {
+        // SAFETY: the contract is the same.
+        unsafe { self.0.load(pair) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512bf16")]
+    unsafe fn dot(sum: __m512, a: __m512i, b: __m512i) -> __m512 {
+        _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum)
     }
 }
 
@@ -348,7 +386,7 @@ unsafe fn accumulate<const M: usize, L: Lines>(
             for (row, sums) in sums.iter_mut().enumerate() {
                 let word = _mm512_set1_epi32(words.add(row * pitch + pair).read() as i32);
                 for (sum, column) in sums.iter_mut().zip(columns) {
-                    *sum = dot(*sum, word, column);
+                    *sum = L::dot(*sum, word, column);
                 }
             }
         }
@@ -363,6 +401,24 @@ fn dot(sum: __m512, a: __m512i, b: __m512i) -> __m512 {
     // SAFETY: both types are 64 bytes of plain bits.
     let (a, b) = unsafe { (transmute::<__m512i, __m512bh>(a), transmute::<__m512i, __m512bh>(b)) };
     _mm512_dpbf16_ps(sum, a, b)
+}
+
+/// As [`spin_products`] with f32 fused multiply-adds.
+pub(crate) fn spin_f32_products(_: Avx512, rounds: usize) -> f64 {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512bf16")]
+    fn inner(rounds: usize) {
+        let one = _mm512_set1_ps(std::hint::black_box(1.0));
+        let mut sums = [_mm512_setzero_ps(); 24];
+        for _ in 0..rounds {
+            for sum in &mut sums {
+                *sum = _mm512_fmadd_ps(one, one, *sum);
+            }
+        }
+        std::hint::black_box(sums);
+    }
+    // SAFETY: the argument proves that the machine has the features.
+    unsafe { inner(rounds) };
+    (rounds * 24 * LANES * 2) as f64
 }
 
 /// Runs `rounds` rounds of 24 independent `vdpbf16ps` and returns the floating-point operations done.

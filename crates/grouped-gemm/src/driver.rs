@@ -74,31 +74,31 @@ impl<'a, K: Kernel> Worker<'a, K> {
         sink: &impl RowSink,
     ) {
         let weight = &gemm.weights[gemm.groups[task.group].expert];
-        let shape = weight.shape();
+        let (shape, words) = (weight.shape(), weight.row_words());
         let rows = task.rows.len();
         let step = pairs_at_once(rows);
         let mut is_packed = false;
         for first in task.panels.clone().step_by(SUM_PANELS) {
             let panels = first..(first + SUM_PANELS).min(task.panels.end);
             self.sums[..rows * SUM_COLUMNS].fill(0.0);
-            for start in (0..shape.pairs()).step_by(step) {
-                let end = (start + step).min(shape.pairs());
+            for start in (0..words).step_by(step) {
+                let end = (start + step).min(words);
                 let pairs = PairRange { start, end, k: shape.k };
                 let packed = Packed::new(gemm, rows, pairs);
                 // Rows that fit as a whole are packed once for all panels of the task.
                 if !is_packed {
                     self.pack(gemm, &task.rows, packed);
-                    is_packed = pairs.len() == shape.pairs();
+                    is_packed = pairs.len() == words;
                 }
                 for panel in panels.clone() {
                     let next = if panel + 1 < panels.end {
                         Some((panel + 1, pairs.start))
-                    } else if end < shape.pairs() {
+                    } else if end < words {
                         Some((first, end))
                     } else {
                         Some((panels.end, 0)).filter(|&(panel, _)| panel < shape.panels())
                     };
-                    let next = next.map(|(panel, from)| weight.panel(panel).slice(from..shape.pairs()));
+                    let next = next.map(|(panel, from)| weight.panel(panel).slice(from..words));
                     self.multiply(weight, panel, (panel - first) * PANEL, (packed, next));
                 }
             }
@@ -133,7 +133,7 @@ impl<'a, K: Kernel> Worker<'a, K> {
         let (lines, pairs) = (weight.panel(panel).slice(start..end), packed.pairs.len());
         let few = self.fp8_tile_rows;
         let (decodes, first_tile) = match lines {
-            PanelPairs::Bf16(_) => (false, 0),
+            PanelPairs::Bf16(_) | PanelPairs::F32(_) => (false, 0),
             PanelPairs::Fp8 { .. } => (total > few, few),
             PanelPairs::Fp4(_) => (true, 0),
         };

@@ -1,6 +1,6 @@
 //! What a caller can get wrong.
 
-use crate::Isa;
+use crate::{Isa, WeightKind};
 
 /// A refused packing or a refused call. Nothing was written when one is returned.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -9,6 +9,14 @@ pub enum GemmError {
     /// The instruction set was forced on a machine that lacks it.
     #[error("instruction set {0} is not available on this machine")]
     IsaUnavailable(Isa),
+    /// f32 weights with other activations, or the other way round.
+    #[error("{weights:?} weights are not multiplied with {} activations", if *f32_activations { "f32" } else { "bf16 or fp8" })]
+    Operands {
+        /// How the weights are stored.
+        weights: WeightKind,
+        /// Whether the activations are f32.
+        f32_activations: bool,
+    },
     /// A row of a tuning table with a value that the kernels cannot use.
     #[error("tuned {name} is {value}, needs {wanted}")]
     Tuning {

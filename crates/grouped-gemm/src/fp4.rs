@@ -263,6 +263,9 @@ impl sealed::Sealed for PackedFp4 {
     fn terms_mut(&mut self) -> &mut ColumnTerms {
         &mut self.terms
     }
+    fn row_words(&self) -> usize {
+        self.shape.pairs()
+    }
 }
 
 impl fmt::Debug for PackedFp4 {

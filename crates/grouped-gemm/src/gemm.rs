@@ -12,7 +12,7 @@ use crate::panel::{Columns, PackedShape};
 use crate::portable::Portable;
 use crate::sink::RowSink;
 use crate::tasks::{Cursor, Cut};
-use crate::tuning::{TuneKey, Tuning, TuningTable};
+use crate::tuning::{TuneKey, Tuning, TuningTable, WeightKind};
 use crate::weights::PackedWeight;
 use crate::{Epilogue, GemmError, Isa};
 
@@ -75,6 +75,9 @@ impl<W: PackedWeight> GroupedGemm<'_, W> {
             (columns, epilogue) => {
                 return Err(GemmError::Epilogue { columns: columns.name(), epilogue: epilogue.name() });
             }
+        }
+        if self.activations.is_f32() != (W::KIND == WeightKind::F32) {
+            return Err(GemmError::Operands { weights: W::KIND, f32_activations: self.activations.is_f32() });
         }
         let activation_rows = self.activations.check(shape.k)?;
         match self.gather {

@@ -97,7 +97,7 @@ impl Ahead {
 
     pub(crate) fn of(run: PanelPairs<'_>) -> Self {
         let (first, bytes) = match run {
-            PanelPairs::Bf16(words) => (words.as_ptr().cast(), size_of_val(words)),
+            PanelPairs::Bf16(words) | PanelPairs::F32(words) => (words.as_ptr().cast(), size_of_val(words)),
             PanelPairs::Fp8 { codes, .. } => (codes.as_ptr(), codes.len()),
             PanelPairs::Fp4(run) => (run.codes().as_ptr(), run.codes().len()),
         };

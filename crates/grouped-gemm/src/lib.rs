@@ -1,8 +1,8 @@
 //! Host grouped GEMM over packed expert weights.
 //!
 //! This is the arithmetic of stage 3 (experts) on a CPU: every expert multiplies its own rows with its
-//! own weight, all in one call. Weights are packed once at load into [`PackedBf16`], [`PackedFp8`] or
-//! [`PackedFp4`]; fp8 weights stay one byte and fp4 weights half a byte each in memory and are widened
+//! own weight, all in one call. Weights are packed once at load into [`PackedBf16`], [`PackedFp8`],
+//! [`PackedFp4`] or [`PackedF32`]; fp8 weights stay one byte and fp4 weights half a byte each in memory and are widened
 //! exactly, zeros and subnormals included. Rows are gathered by index while they are packed, so no permuted
 //! copy of the activations exists, and scales, biases and the activation of gate and up are applied on the
 //! tile.
@@ -36,7 +36,7 @@
 //! experts for a scheme of the configuration, and quantising activations.
 //!
 //! What it does not do: sort tokens by expert, add up the experts of a token, or read the environment. Operands are
-//! multiplied as bf16, with AVX-512 BF16, with AVX2 and FMA, or in plain Rust.
+//! multiplied as bf16, or as f32 if both are ([`PackedF32`]), with AVX-512 BF16, with AVX2 and FMA, or in plain Rust.
 
 mod activation;
 mod activations;
@@ -49,6 +49,7 @@ mod driver;
 mod epilogue;
 mod error;
 pub mod experts;
+mod f32;
 mod fp4;
 mod fp8;
 mod gemm;
@@ -63,6 +64,7 @@ mod tasks;
 mod tuning;
 mod weights;
 
+pub use self::f32::PackedF32;
 pub use error::GemmError;
 pub use fp4::{Fp4Scale, Fp4Weight, PackedFp4};
 pub use fp8::Fp8Kind;

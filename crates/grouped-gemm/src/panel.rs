@@ -110,6 +110,8 @@ pub(crate) const fn fp8_offset(column: usize) -> usize {
 pub(crate) enum PanelPairs<'a> {
     /// `[pairs][64]` words, the even K in the low half.
     Bf16(&'a [u32]),
+    /// `[k][64]` values of f32: what a row has of K is as many operand words, not half of it.
+    F32(&'a [u32]),
     /// `[pairs][128]` codes in [`fp8_offset`] order.
     Fp8 { codes: &'a [u8], kind: crate::Fp8Kind },
     /// Pairs of codes with their group scales.
@@ -119,7 +121,7 @@ pub(crate) enum PanelPairs<'a> {
 impl PanelPairs<'_> {
     pub(crate) fn pairs(&self) -> usize {
         match self {
-            PanelPairs::Bf16(words) => words.len() / PANEL,
+            PanelPairs::Bf16(words) | PanelPairs::F32(words) => words.len() / PANEL,
             PanelPairs::Fp8 { codes, .. } => codes.len() / (2 * PANEL),
             PanelPairs::Fp4(run) => run.codes().len() / PANEL,
         }
@@ -128,6 +130,7 @@ impl PanelPairs<'_> {
     pub(crate) fn slice(self, pairs: Range<usize>) -> Self {
         match self {
             PanelPairs::Bf16(words) => PanelPairs::Bf16(&words[pairs.start * PANEL..pairs.end * PANEL]),
+            PanelPairs::F32(words) => PanelPairs::F32(&words[pairs.start * PANEL..pairs.end * PANEL]),
             PanelPairs::Fp8 { codes, kind } => {
                 PanelPairs::Fp8 { codes: &codes[pairs.start * 2 * PANEL..pairs.end * 2 * PANEL], kind }
             }

@@ -23,8 +23,10 @@ impl Kernel for Portable {
     }
 
     fn multiply(self, tile: Tile<'_>, panel: PanelPairs<'_>) {
-        let PanelPairs::Bf16(panel) = panel else {
-            unreachable!("a kernel without fp8 tiles gets decoded panels");
+        let panel = match panel {
+            PanelPairs::Bf16(panel) => panel,
+            PanelPairs::F32(panel) => return multiply_f32(tile, panel),
+            _ => unreachable!("a kernel without fp8 tiles gets decoded panels"),
         };
         match tile.rows {
             1 => multiply::<1>(tile, panel),
@@ -52,6 +54,28 @@ impl Kernel for Portable {
                 let at = fp8_offset(column);
                 *word = u32::from(table[codes[at] as usize]) | u32::from(table[codes[at + 1] as usize]) << 16;
             }
+        }
+    }
+}
+
+/// f32 values, each product rounded before it is added. There are no block scales.
+fn multiply_f32(tile: Tile<'_>, panel: &[u32]) {
+    for row in 0..tile.rows {
+        let words = &tile.words[row * tile.pitch..][..panel.len() / PANEL];
+        for (sums, columns) in tile.sums[row * tile.sums_pitch..][..PANEL]
+            .chunks_exact_mut(COLUMNS)
+            .zip(0..)
+            .map(|(sums, i)| (sums, i * COLUMNS))
+        {
+            let sums: &mut [f32; COLUMNS] = sums.try_into().expect("a run of COLUMNS floats");
+            let mut total = *sums;
+            for (word, line) in words.iter().zip(panel.chunks_exact(PANEL)) {
+                let value = f32::from_bits(*word);
+                for (sum, weight) in total.iter_mut().zip(&line[columns..][..COLUMNS]) {
+                    *sum += value * f32::from_bits(*weight);
+                }
+            }
+            *sums = total;
         }
     }
 }

@@ -36,8 +36,40 @@ pub fn peak_bf16_flops(threads: NonZeroUsize) -> f64 {
     peak_of_tiles(Portable, threads)
 }
 
-/// The rate of whole tiles whose operands lie in L1.
+/// The rate of f32 products, as [`peak_bf16_flops`].
+pub fn peak_f32_flops(threads: NonZeroUsize) -> f64 {
+    #[cfg(target_arch = "x86_64")]
+    match Isa::detect() {
+        Isa::Avx512Bf16 => {
+            if let Some(kernel) = crate::avx512::Avx512::new() {
+                return total_rate(threads, |_| move || crate::avx512::spin_f32_products(kernel, 50_000));
+            }
+        }
+        Isa::Avx2Fma => {
+            if let Some(kernel) = crate::avx2::Avx2::new() {
+                return peak_of_f32_tiles(kernel, threads);
+            }
+        }
+        Isa::Portable => {}
+    }
+    peak_of_f32_tiles(Portable, threads)
+}
+
 fn peak_of_tiles(kernel: impl Kernel, threads: NonZeroUsize) -> f64 {
+    peak_of(kernel, threads, |panel| PanelPairs::Bf16(panel), 4)
+}
+
+fn peak_of_f32_tiles(kernel: impl Kernel, threads: NonZeroUsize) -> f64 {
+    peak_of(kernel, threads, |panel| PanelPairs::F32(panel), 2)
+}
+
+/// The rate of whole tiles whose operands lie in L1, of so many operations to a word and column.
+fn peak_of(
+    kernel: impl Kernel,
+    threads: NonZeroUsize,
+    panel_of: impl Fn(&[u32]) -> PanelPairs<'_> + Copy + Send + Sync,
+    flops: usize,
+) -> f64 {
     total_rate(threads, |_| {
         const PAIRS: usize = 64;
         let words = vec![0x3f80_3f80; TILE_ROWS * PAIRS];
@@ -54,9 +86,9 @@ fn peak_of_tiles(kernel: impl Kernel, threads: NonZeroUsize) -> f64 {
                     scales: None,
                     ahead: Ahead::NOTHING,
                 };
-                kernel.multiply(tile, PanelPairs::Bf16(std::hint::black_box(&panel)));
+                kernel.multiply(tile, panel_of(std::hint::black_box(&panel)));
             }
-            (200 * TILE_ROWS * PANEL * PAIRS * 4) as f64
+            (200 * TILE_ROWS * PANEL * PAIRS * flops) as f64
         }
     })
 }
@@ -125,6 +157,7 @@ mod tests {
     fn probes_measure_something() {
         let one = NonZeroUsize::MIN;
         assert!(peak_bf16_flops(one) > 1e9);
+        assert!(peak_f32_flops(one) > 1e9);
         assert!(read_bandwidth(one) > 1e8);
     }
 }

@@ -60,6 +60,8 @@ pub enum WeightKind {
     Fp8,
     /// [`PackedFp4`](crate::PackedFp4).
     Fp4,
+    /// [`PackedF32`](crate::PackedF32).
+    F32,
 }
 
 /// What a row of the table is for.

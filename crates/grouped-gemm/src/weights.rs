@@ -22,7 +22,7 @@ pub struct Weight<'a, T> {
 }
 
 impl<T> Weight<'_, T> {
-    fn check(&self) -> Result<(), GemmError> {
+    pub(crate) fn check(&self) -> Result<(), GemmError> {
         let &Weight { n, k, .. } = self;
         if n == 0 || k == 0 {
             return Err(GemmError::EmptyWeight { n, k });
@@ -82,6 +82,8 @@ pub(crate) mod sealed {
         fn terms(&self) -> &ColumnTerms;
         #[expect(private_interfaces, reason = "a sealed trait is not callable from outside")]
         fn terms_mut(&mut self) -> &mut ColumnTerms;
+        /// Operand words of a row of activations for this weight.
+        fn row_words(&self) -> usize;
     }
 }
 
@@ -279,6 +281,9 @@ impl sealed::Sealed for PackedBf16 {
     fn terms_mut(&mut self) -> &mut ColumnTerms {
         &mut self.terms
     }
+    fn row_words(&self) -> usize {
+        self.shape.pairs()
+    }
 }
 
 impl PackedWeight for PackedFp8 {
@@ -306,6 +311,9 @@ impl sealed::Sealed for PackedFp8 {
     fn terms_mut(&mut self) -> &mut ColumnTerms {
         &mut self.terms
     }
+    fn row_words(&self) -> usize {
+        self.shape.pairs()
+    }
 }
 
 impl fmt::Debug for PackedBf16 {
@@ -332,7 +340,7 @@ pub(crate) fn pair_word(pair: &[bf16]) -> u32 {
     u32::from(pair[0].to_bits()) | u32::from(odd) << 16
 }
 
-fn check_pair<T>(gate: &Weight<'_, T>, up: &Weight<'_, T>) -> Result<(), GemmError> {
+pub(crate) fn check_pair<T>(gate: &Weight<'_, T>, up: &Weight<'_, T>) -> Result<(), GemmError> {
     gate.check()?;
     up.check()?;
     if (gate.n, gate.k) == (up.n, up.k) {

@@ -35,6 +35,17 @@ fn a_row_alone_has_the_bits_it_has_in_a_batch(
     #[values(Operand::Bf16, FP8_BLOCK, FP8_VECTOR, Operand::Mxfp4, Operand::Nvfp4)] weight: Operand,
     #[values(Operand::Bf16, FP8_BLOCK, FP8_VECTOR, Operand::Nvfp4)] activation: Operand,
 ) {
+    bits_alone_and_together(isa, weight, activation);
+}
+
+#[rstest]
+fn an_f32_row_alone_has_the_bits_it_has_in_a_batch(
+    #[values(Isa::Avx512Bf16, Isa::Avx2Fma, Isa::Portable)] isa: Isa,
+) {
+    bits_alone_and_together(isa, Operand::F32, Operand::F32);
+}
+
+fn bits_alone_and_together(isa: Isa, weight: Operand, activation: Operand) {
     let Some(executor) = executor(isa, 1) else { return };
     let mut call = call(weight, activation);
     let together = call.run(&executor);
@@ -52,10 +63,10 @@ fn a_row_alone_has_the_bits_it_has_in_a_batch(
 #[rstest]
 fn the_number_of_threads_changes_nothing(
     #[values(Isa::Avx512Bf16, Isa::Avx2Fma, Isa::Portable)] isa: Isa,
-    #[values(Operand::Bf16, FP8_BLOCK, Operand::Mxfp4, Operand::Nvfp4)] weight: Operand,
+    #[values(Operand::Bf16, Operand::F32, FP8_BLOCK, Operand::Mxfp4, Operand::Nvfp4)] weight: Operand,
 ) {
     let Some(one) = executor(isa, 1) else { return };
-    let call = call(weight, Operand::Bf16);
+    let call = call(weight, if weight == Operand::F32 { weight } else { Operand::Bf16 });
     let want = bits(&call.run(&one));
     for threads in [2, 3, 7] {
         let many = executor(isa, threads).unwrap();

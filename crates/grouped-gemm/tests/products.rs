@@ -29,6 +29,17 @@ fn bf16(
 }
 
 #[rstest]
+fn f32(
+    #[values(Isa::Avx512Bf16, Isa::Avx2Fma, Isa::Portable)] isa: Isa,
+    #[values((64, 128), (1, 1), (70, 33), (200, 257), (130, 1000))] (n, k): (usize, usize),
+    #[values(false, true)] gate_up: bool,
+    #[values(false, true)] bias: bool,
+) {
+    let (weight, activation) = (Operand::F32, Operand::F32);
+    check(isa, Case { rows: &ROWS, n, k, gate_up, weight, activation, bias, ..Case::PLAIN });
+}
+
+#[rstest]
 fn fp8_weights(
     #[values(Isa::Avx512Bf16, Isa::Avx2Fma, Isa::Portable)] isa: Isa,
     #[values(Fp8Kind::E4M3Fn, Fp8Kind::E4M3Fnuz)] kind: Fp8Kind,
@@ -62,7 +73,7 @@ fn fp8_activations(
 #[rstest]
 fn large(
     #[values(Isa::Avx512Bf16, Isa::Avx2Fma, Isa::Portable)] isa: Isa,
-    #[values(Operand::Bf16, Operand::Fp8(Fp8Kind::E4M3Fn, Scaling::Block))] weight: Operand,
+    #[values(Operand::Bf16, Operand::F32, Operand::Fp8(Fp8Kind::E4M3Fn, Scaling::Block))] weight: Operand,
 ) {
     check(
         isa,

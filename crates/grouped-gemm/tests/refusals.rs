@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use grouped_gemm::{
     Activation, ActivationScale, Activations, Bf16Rows, Epilogue, Executor, Fp8Kind, GemmError, Group,
-    GroupedGemm, PackedBf16, Rows, Weight,
+    GroupedGemm, PackedBf16, PackedF32, Rows, Weight, WeightKind,
 };
 use half::bf16;
 use rstest::rstest;
@@ -120,4 +120,36 @@ fn no_rows_are_fine(#[case] groups: Vec<Group>) {
     assert_eq!(call.run(), Ok(()));
     call.weights.clear();
     assert_eq!(call.run(), Ok(()));
+}
+
+/// f32 operands meet each other only.
+#[test]
+fn f32_with_another_operand() {
+    let executor = Executor::detect();
+    let mut scratch = vec![0; executor.scratch_bytes()];
+    let groups = [group(0..1, 0)];
+    let mut out = [bf16::ZERO; N];
+    let (halves, floats) = ([bf16::ONE; K], [1.0; K]);
+    let of_floats = [PackedF32::pack(Weight { values: &[1.0; N * K], n: N, k: K }).unwrap()];
+    let of_halves = [weight(N)];
+    let sink = Bf16Rows::new(&mut out, N, N).unwrap();
+    let gemm = GroupedGemm {
+        weights: &of_floats,
+        activations: Activations::Bf16(Rows { values: &halves, pitch: K }),
+        gather: None,
+        groups: &groups,
+        router_weights: None,
+        epilogue: Epilogue::Products,
+    };
+    let refused = |weights, f32_activations| Err(GemmError::Operands { weights, f32_activations });
+    assert_eq!(executor.run(&gemm, &mut scratch, &sink), refused(WeightKind::F32, false));
+    let gemm = GroupedGemm {
+        weights: &of_halves,
+        activations: Activations::F32(Rows { values: &floats, pitch: K }),
+        gather: None,
+        groups: &groups,
+        router_weights: None,
+        epilogue: Epilogue::Products,
+    };
+    assert_eq!(executor.run(&gemm, &mut scratch, &sink), refused(WeightKind::Bf16, true));
 }

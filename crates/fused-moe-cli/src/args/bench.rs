@@ -134,6 +134,9 @@ pub struct BenchExpertsArgs {
     /// Quantisation schemes; all if not given.
     #[arg(long, value_enum, value_delimiter = ',')]
     pub quant: Vec<Quant>,
+    /// Experts in f32 instead, by the grouped GEMM alone: no backend runs a layer in f32.
+    #[arg(long, conflicts_with_all = ["quant", "device", "ep_size", "tuning"])]
+    pub f32: bool,
     /// Where; a GPU runs stage 3 alone, from sorting to the weighted sum.
     #[arg(long, value_enum, default_value_t = OnDevice::Host, conflicts_with_all = ["ep_size", "threads", "routing", "tuning"])]
     pub device: OnDevice,

@@ -25,6 +25,11 @@ impl Calls {
         Self { tokens, ids: (0..reps).map(|_| call()).collect() }
     }
 
+    /// Experts that each call uses.
+    pub fn active(&self) -> impl Iterator<Item = usize> {
+        self.ids.iter().map(|ids| ids.iter().collect::<std::collections::HashSet<_>>().len())
+    }
+
     /// The calls of a file, those of the same number of tokens together, in the order of the file.
     pub fn read(path: &Path, experts: usize, top_k: usize) -> anyhow::Result<Vec<Self>> {
         let of_file = || format!("in {}", path.display());

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::calls::Calls;
 use super::clock::Clock;
-use super::experts_device;
+use super::{experts_device, experts_f32};
 use crate::args::{BenchExpertsArgs, OnDevice, Quant};
 use crate::ep::share;
 use crate::exit::{Failure, OrFailure, refused};
@@ -110,8 +110,9 @@ struct Roof {
 }
 
 impl Roof {
-    fn probe(threads: NonZeroUsize) -> Self {
-        Self { flops: probe::peak_bf16_flops(threads), bytes: probe::read_bandwidth(threads) }
+    fn probe(threads: NonZeroUsize, is_f32: bool) -> Self {
+        let flops = if is_f32 { probe::peak_f32_flops(threads) } else { probe::peak_bf16_flops(threads) };
+        Self { flops, bytes: probe::read_bandwidth(threads) }
     }
 
     /// The machine is not slower than it was seen to be once.
@@ -183,17 +184,20 @@ pub fn run(args: &BenchExpertsArgs) -> Result<(), Failure> {
     let mut options = BackendOptions::default();
     options.executor = args.tuning.as_deref().map(tune::executor).transpose().or_refused()?;
     let registry = fused_moe::backends(options);
-    let before = Roof::probe(threads);
+    let before = Roof::probe(threads, args.f32);
     let clock = if ep_size == 1 { Clock::for_threads(threads.get()) } else { Clock::Wall };
     let mut measured = Vec::new();
-    for quant in schemes {
+    if args.f32 {
+        measured = experts_f32::measure(&shape, &calls, (threads, clock)).or_failed()?;
+    }
+    for quant in if args.f32 { vec![] } else { schemes } {
         let most = calls.iter().map(|calls| calls.tokens).max().unwrap_or(1);
         let bench = Bench::new(&registry, &shape, ep_size, quant, most).or_failed()?;
         for calls in &calls {
             measured.push(bench.measure(calls, clock).or_failed()?);
         }
     }
-    let roof = before.max(Roof::probe(threads));
+    let roof = before.max(Roof::probe(threads, args.f32));
     let report = Report {
         shape: shape.name.clone(),
         ep_size,
@@ -208,7 +212,7 @@ pub fn run(args: &BenchExpertsArgs) -> Result<(), Failure> {
     }
     print(format_args!(
         "{}: hidden {}, intermediate {}, {} experts, top-{}; {} ranks, {} threads\n\
-         probes: {:.0} GFLOP/s bf16, {:.1} GB/s read; calls by {} time",
+         probes: {:.0} GFLOP/s {}, {:.1} GB/s read; calls by {} time",
         shape.name,
         shape.hidden,
         shape.intermediate,
@@ -217,6 +221,7 @@ pub fn run(args: &BenchExpertsArgs) -> Result<(), Failure> {
         ep_size,
         report.threads,
         report.peak_gflops,
+        if args.f32 { "f32" } else { "bf16" },
         report.read_gbytes_per_s,
         match report.clock {
             Clock::Cpu => "CPU",
@@ -324,17 +329,15 @@ impl<'s> Bench<'s> {
         let options = ThreadOptions { timeout: TIMEOUT, ..ThreadOptions::default() };
         let seconds = run_ranks(ep_size, options, |group| self.time_rank(&group, calls, clock))?;
         // A rank waits for the others before and after each call, so all have the same times.
-        let mut seconds = seconds.into_iter().next().context("a group has a rank")??;
-        seconds.sort_by(f64::total_cmp);
-        let active = |ids: &Vec<i32>| ids.iter().collect::<std::collections::HashSet<_>>().len();
-        let active = calls.ids.iter().map(active).sum::<usize>() as f64 / calls.ids.len() as f64;
+        let seconds = seconds.into_iter().next().context("a group has a rank")??;
+        let per_expert =
+            self.weights.iter().map(|weights| weights.bytes() as f64).sum::<f64>() / experts as f64;
         Ok(Measured {
             scheme: self.config.quant.to_string(),
             tokens,
             seconds,
             flops: 6.0 * (hidden * intermediate * top_k * tokens) as f64,
-            bytes: self.weights.iter().map(|weights| weights.bytes() as f64).sum::<f64>() * active
-                / experts as f64,
+            bytes: calls.active().map(|active| active as f64 * per_expert).collect(),
         })
     }
 
@@ -381,30 +384,38 @@ impl<'s> Bench<'s> {
 }
 
 /// Timed calls of one number of tokens.
-struct Measured {
-    scheme: String,
-    tokens: usize,
-    /// Of each call, ascending.
-    seconds: Vec<f64>,
-    flops: f64,
-    /// Weights of the experts that a call uses, on average.
-    bytes: f64,
+pub(super) struct Measured {
+    pub(super) scheme: String,
+    pub(super) tokens: usize,
+    /// Of each call.
+    pub(super) seconds: Vec<f64>,
+    pub(super) flops: f64,
+    /// Weights of the experts that each call uses.
+    pub(super) bytes: Vec<f64>,
 }
 
 impl Measured {
     fn row(&self, roof: Roof) -> Row {
-        let Measured { ref scheme, tokens, ref seconds, flops, bytes } = *self;
-        let median = seconds[seconds.len() / 2];
+        let Measured { ref scheme, tokens, ref seconds, flops, ref bytes } = *self;
+        let median_of = |of_call: &dyn Fn(f64, f64) -> f64| {
+            let mut values: Vec<f64> = seconds.iter().zip(bytes).map(|(&s, &b)| of_call(s, b)).collect();
+            values.sort_by(f64::total_cmp);
+            values[values.len() / 2]
+        };
+        let median = median_of(&|seconds, _| seconds);
         Row {
             scheme: scheme.clone(),
             tokens,
             median_ms: median * 1e3,
-            min_ms: seconds[0] * 1e3,
-            max_ms: seconds[seconds.len() - 1] * 1e3,
+            min_ms: seconds.iter().copied().fold(f64::INFINITY, f64::min) * 1e3,
+            max_ms: seconds.iter().copied().fold(0.0, f64::max) * 1e3,
             gflops: flops / median / 1e9,
-            weight_gbytes_per_s: bytes / median / 1e9,
+            weight_gbytes_per_s: median_of(&|seconds, bytes| bytes / seconds / 1e9),
             fraction_of_peak: flops / median / roof.flops,
-            fraction_of_roof: (bytes / roof.bytes).max(flops / roof.flops) / median,
+            // Calls that use different experts have different roofs: each is held against its own.
+            fraction_of_roof: median_of(&|seconds, bytes| {
+                (bytes / roof.bytes).max(flops / roof.flops) / seconds
+            }),
         }
     }
 }

@@ -3,8 +3,8 @@
 
 use grouped_gemm::{
     Activation, ActivationScale, Activations, Epilogue, Executor, F32Rows, Fp4Scale, Fp4Weight, Fp8Kind,
-    Fp8Weight, GemmError, Group, GroupedGemm, PackedBf16, PackedFp4, PackedFp8, PackedWeight, Rows, Weight,
-    WeightScale,
+    Fp8Weight, GemmError, Group, GroupedGemm, PackedBf16, PackedF32, PackedFp4, PackedFp8, PackedWeight,
+    Rows, Weight, WeightScale,
 };
 use half::bf16;
 use rand::seq::SliceRandom;
@@ -23,6 +23,8 @@ pub enum Scaling {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Operand {
     Bf16,
+    /// Both sides or none.
+    F32,
     Fp8(Fp8Kind, Scaling),
     /// Weights only.
     Mxfp4,
@@ -59,6 +61,7 @@ impl Case {
 /// A matrix in its stored form, and the values it stands for.
 pub struct Matrix {
     pub bf16: Vec<bf16>,
+    pub f32: Vec<f32>,
     pub codes: Vec<u8>,
     pub scales: Vec<f32>,
     pub values: Vec<f64>,
@@ -67,9 +70,14 @@ pub struct Matrix {
 impl Matrix {
     /// `block_rows` is 128 for weights and 1 for activations.
     fn random(rng: &mut Pcg64Mcg, (rows, k): (usize, usize), operand: Operand, block_rows: usize) -> Self {
-        let mut matrix = Matrix { bf16: vec![], codes: vec![], scales: vec![], values: vec![] };
+        let mut matrix = Matrix { bf16: vec![], f32: vec![], codes: vec![], scales: vec![], values: vec![] };
         if let Operand::Mxfp4 | Operand::Nvfp4 = operand {
             matrix.fp4(rng, (rows, k), operand);
+            return matrix;
+        }
+        if operand == Operand::F32 {
+            matrix.f32 = (0..rows * k).map(|_| rng.random_range(-1.0..1.0)).collect();
+            matrix.values = matrix.f32.iter().map(|&v| f64::from(v)).collect();
             return matrix;
         }
         let Operand::Fp8(kind, scaling) = operand else {
@@ -196,6 +204,7 @@ impl Case {
 }
 
 pub enum PackedSet {
+    F32(Vec<PackedF32>),
     Bf16(Vec<PackedBf16>),
     Fp8(Vec<PackedFp8>),
     Fp4(Vec<PackedFp4>),
@@ -214,6 +223,18 @@ impl Call {
                 _ => unreachable!(),
             };
             return PackedSet::Fp4(self.biased(self.weights.iter().map(pack)));
+        }
+        if weight == Operand::F32 {
+            let weight = |part: &'_ Matrix| part.f32.clone();
+            return PackedSet::F32(self.biased(self.weights.iter().map(|parts| {
+                let parts: Vec<_> = parts.iter().map(weight).collect();
+                let weight = |part: usize| Weight { values: parts[part].as_slice(), n, k };
+                match parts.len() {
+                    1 => PackedF32::pack(weight(0)),
+                    _ => PackedF32::pack_gate_up(weight(0), weight(1)),
+                }
+                .unwrap()
+            })));
         }
         let Operand::Fp8(kind, scaling) = weight else {
             let part = |m: &'_ Matrix| -> Vec<bf16> { m.bf16.clone() };
@@ -257,6 +278,7 @@ impl Call {
         let (k, matrix) = (self.case.k, &self.activations);
         match self.case.activation {
             Operand::Bf16 => Activations::Bf16(Rows { values: &matrix.bf16, pitch: k }),
+            Operand::F32 => Activations::F32(Rows { values: &matrix.f32, pitch: k }),
             Operand::Mxfp4 => unreachable!("mxfp4 has no activations"),
             Operand::Nvfp4 => Activations::ScaledBf16 {
                 values: Rows { values: &matrix.bf16, pitch: k },
@@ -279,6 +301,7 @@ impl Call {
     /// The result rows, NaN where nothing is stored. Output and scratch start poisoned.
     pub fn run(&self, executor: &Executor) -> Vec<f32> {
         let run = |poison| match self.pack() {
+            PackedSet::F32(weights) => self.run_with(executor, &weights, poison).unwrap(),
             PackedSet::Bf16(weights) => self.run_with(executor, &weights, poison).unwrap(),
             PackedSet::Fp8(weights) => self.run_with(executor, &weights, poison).unwrap(),
             PackedSet::Fp4(weights) => self.run_with(executor, &weights, poison).unwrap(),
