@@ -23,7 +23,7 @@ use clap::{Parser, Subcommand};
 use crate::fuzz::Fuzz;
 use crate::kernels::Arch;
 use crate::matrix::MatrixAction;
-use crate::mpi_test::MpiTest;
+use crate::mpi_test::{MpiPart, MpiTest};
 use crate::new_backend::{BackendKind, NewBackend};
 use crate::peers::Peers;
 use crate::repo::Repo;
@@ -80,6 +80,9 @@ enum Task {
         /// Run across two hosts, made of network namespaces, instead of on this one.
         #[arg(long)]
         two_hosts: bool,
+        /// What to run; all of it unless something is named.
+        #[arg(long, value_enum, value_delimiter = ',', default_values_t = [MpiPart::Suites, MpiPart::Program, MpiPart::Loss])]
+        only: Vec<MpiPart>,
     },
     /// Installs the compilers of devices, pinned: Debian's clang, and in target/toolchain nvcc and zig from PyPI. Needs
     /// python3, and the rights of root where clang is missing.
@@ -142,7 +145,9 @@ fn main() -> ExitCode {
         }
         Task::Asan => memory::asan(&repo),
         Task::Valgrind => memory::valgrind(&repo),
-        Task::MpiTest { ranks, two_hosts } => mpi_test::mpi_test(&repo, &MpiTest { ranks, two_hosts }),
+        Task::MpiTest { ranks, two_hosts, only } => {
+            mpi_test::mpi_test(&repo, &MpiTest { ranks, two_hosts, only })
+        }
         Task::Toolchain => Toolchain::install(&repo).map(drop),
         Task::Kernels { what: KernelsTask::Build { arch } } => kernels::build(&repo, &arch),
         Task::Kernels { what: KernelsTask::Test } => kernels::test(&repo),

@@ -8,6 +8,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
 
 use self::hosts::TwoHosts;
 use crate::memory::programs;
@@ -21,6 +22,19 @@ pub struct MpiTest {
     pub ranks: Vec<usize>,
     /// Across two hosts instead of on this one.
     pub two_hosts: bool,
+    /// Which parts of it.
+    pub only: Vec<MpiPart>,
+}
+
+/// A part of the tests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum MpiPart {
+    /// The transport, bit-equal results, and conformance of the backends.
+    Suites,
+    /// `fmoe` as a program of ranks.
+    Program,
+    /// Jobs that lose a rank.
+    Loss,
 }
 
 /// Jobs that run longer are ended by `mpirun`, in seconds. Far beyond what they take on two cores.
@@ -33,9 +47,22 @@ const LOSS_LIMIT: Duration = Duration::from_secs(30);
 /// have room for more of them.
 const FLOORS: [&str; 2] = ["354", "280"];
 
-/// UCX is for RDMA networks. Over TCP and shared memory, ob1 is what works everywhere.
-const COMPONENTS: [&str; 9] =
-    ["--mca", "pml", "ob1", "--mca", "osc", "^ucx", "--mca", "btl", "self,tcp,vader"];
+/// UCX is for RDMA networks. Over TCP and shared memory, ob1 is what works everywhere. Ranks that share cores have to offer them
+/// while they wait; `mpirun` does not see by itself that they do where it has been told of slots.
+const COMPONENTS: [&str; 12] = [
+    "--mca",
+    "pml",
+    "ob1",
+    "--mca",
+    "osc",
+    "^ucx",
+    "--mca",
+    "btl",
+    "self,tcp,vader",
+    "--mca",
+    "mpi_yield_when_idle",
+    "1",
+];
 
 /// Builds the test program and runs all of it.
 pub fn mpi_test(repo: &Repo, options: &MpiTest) -> Result<()> {
@@ -60,7 +87,8 @@ pub fn mpi_test(repo: &Repo, options: &MpiTest) -> Result<()> {
     let fmoe = &built.first().context("cargo built no fmoe")?.path;
     let of = |program, ranks: usize| Job { repo, hosts: hosts.as_ref(), program, ranks };
     let job = |ranks| of(tests, ranks);
-    for &ranks in &options.ranks {
+    let has = |part| options.only.contains(&part);
+    for &ranks in options.ranks.iter().filter(|_| has(MpiPart::Suites)) {
         let floor = match ranks {
             0..4 => "1",
             _ => FLOORS[usize::from(options.two_hosts)],
@@ -70,22 +98,45 @@ pub fn mpi_test(repo: &Repo, options: &MpiTest) -> Result<()> {
             steps.command(name, &mut job(ranks).command(tests))?;
         }
     }
-    let (run, few) = (of(fmoe, options.ranks.last().copied().unwrap_or(4)), of(fmoe, 4));
-    steps.step(format!("fmoe run -np {}", run.ranks), || program::writes_the_same(&run))?;
-    steps.step("fmoe run refuses", || program::refuses(&few))?;
+    if has(MpiPart::Program) {
+        let most = options.ranks.last().copied().unwrap_or(4);
+        program_of_ranks(&mut steps, &of(fmoe, most), &of(fmoe, 4))?;
+    }
+    if has(MpiPart::Loss) {
+        for how in ["silent", "stopped", "killed"] {
+            steps.step(format!("lose {how}"), || job(2).loses(how))?;
+        }
+    }
+    steps.finish();
+    Ok(())
+}
+
+/// `fmoe` as many ranks, and as few.
+fn program_of_ranks(steps: &mut Steps, run: &Job<'_>, few: &Job<'_>) -> Result<()> {
+    steps.step(format!("fmoe run -np {}", run.ranks), || program::writes_the_same(run))?;
+    steps.step("fmoe run refuses", || program::refuses(few))?;
     // One row: ranks that wait keep the cores busy, so each takes seconds here.
-    let bench =
-        ["bench", "comm", "--ranks", "mpi", "--ep-size", "4", "--tokens", "8", "--reps", "1", "--json"];
+    let bench = [
+        "bench",
+        "comm",
+        "--ranks",
+        "mpi",
+        "--ep-size",
+        "4",
+        "--gpus-per-node",
+        "2",
+        "--tokens",
+        "8",
+        "--reps",
+        "1",
+        "--json",
+    ];
     let small =
         ["--all2all", "mori_high_throughput", "--quant", "none", "--routing", "uniform", "--hidden", "512"];
     steps.command(
         "fmoe bench comm -np 4",
         few.command(&[&bench[..], &small].concat()).stdout(Stdio::null()),
     )?;
-    for how in ["silent", "stopped", "killed"] {
-        steps.step(format!("lose {how}"), || job(2).loses(how))?;
-    }
-    steps.finish();
     Ok(())
 }
 
