@@ -19,7 +19,7 @@ pub const TESTS: [(&str, OnGpu); 5] = [
     ("experts_are_not_right_with_wrong_scales", wrong_scales),
 ];
 
-/// Relative L2 error that a right layer stays below. FP8: tensor cores sum 128 products in less than f32, so an activation
+/// Relative L2 error of the whole that a right layer stays below; `stages` judges each stage far more closely. FP8: tensor cores sum 128 products in less than f32, so an activation
 /// near the middle of two codes may go to either, which is an eighth of it at most and happens to some; a call of one row has
 /// few over which that evens out. A wrong scale or row is an error of the size of the output.
 const TOLERANCE_BF16: f64 = 2e-3;
@@ -27,13 +27,13 @@ const TOLERANCE_FP8: f64 = 4e-2;
 
 const NUM_EXPERTS: usize = 12;
 /// Local experts of the global ones; others are elsewhere. One of those here gets no token.
-const MAP: [i32; NUM_EXPERTS] = [3, -1, 0, -1, 1, 5, -1, 2, -1, 4, -1, -1];
+pub const MAP: [i32; NUM_EXPERTS] = [3, -1, 0, -1, 1, 5, -1, 2, -1, 4, -1, -1];
 const EXPERTS: usize = 6;
 const UNUSED: usize = 5;
 const TOP_K: usize = 3;
 const POISON: u8 = 0xff;
 
-fn shape(gpu: &Gpu, scheme: GemmScheme) -> Result<ExpertsShape, Failed> {
+pub fn shape(gpu: &Gpu, scheme: GemmScheme) -> Result<ExpertsShape, Failed> {
     Ok(ExpertsShape {
         scheme,
         hidden: 640,
@@ -113,7 +113,7 @@ fn wrong_scales(gpu: &Gpu) -> Result<(), Failed> {
 }
 
 /// Global ids, some of them none, and weights.
-fn routing(random: &mut Pcg64, rows: usize) -> (Vec<i32>, Vec<f32>) {
+pub fn routing(random: &mut Pcg64, rows: usize) -> (Vec<i32>, Vec<f32>) {
     let global = MAP.iter().position(|&local| local == UNUSED as i32).unwrap_or(NUM_EXPERTS);
     let mut ids = Vec::new();
     for _ in 0..rows {
@@ -138,9 +138,27 @@ fn run(
     shape: &ExpertsShape,
     layer: &Layer,
     tokens: &Tokens,
-    (ids, weights): (&[i32], &[f32]),
+    routing: (&[i32], &[f32]),
     tile: TokenTile,
 ) -> Result<Vec<Vec<f32>>, Failed> {
+    Ok(calls(gpu, shape, layer, tokens, routing, tile)?.into_iter().map(|ran| ran.out).collect())
+}
+
+/// What a call leaves behind.
+pub struct Ran {
+    pub out: Vec<f32>,
+    pub workspace: Vec<u8>,
+}
+
+/// As [`run`], with the workspaces.
+pub fn calls(
+    gpu: &Gpu,
+    shape: &ExpertsShape,
+    layer: &Layer,
+    tokens: &Tokens,
+    (ids, weights): (&[i32], &[f32]),
+    tile: TokenTile,
+) -> Result<Vec<Ran>, Failed> {
     let rows = tokens.rows;
     let upload = |bytes: &[u8]| -> Result<_, Failed> {
         let mut buffer = gpu.runtime.alloc(bytes.len())?;
@@ -191,7 +209,10 @@ fn run(
         stream.wait()?;
         let mut bytes = vec![0; out.bytes()];
         out.read(&mut bytes)?;
-        outputs.push(bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect());
+        let out = bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
+        let mut left = vec![0; workspace.bytes()];
+        workspace.read(&mut left)?;
+        outputs.push(Ran { out, workspace: left });
     }
     Ok(outputs)
 }

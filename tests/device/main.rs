@@ -10,6 +10,7 @@ mod reference;
 mod router;
 mod runtime;
 mod saboteurs;
+mod stages;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -40,6 +41,7 @@ fn trials(gpu: Gpu) -> Vec<Trial> {
         .into_iter()
         .chain(quantize::TESTS)
         .chain(experts::TESTS)
+        .chain(stages::TESTS)
         .chain(local::TESTS)
         .chain(router::TESTS)
         .map(on)

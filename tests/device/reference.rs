@@ -26,6 +26,7 @@ struct Matrix {
 }
 
 /// Rows that stage 3 is given.
+#[derive(Clone)]
 pub struct Tokens {
     pub rows: usize,
     /// bf16 or FP8.
@@ -34,6 +35,7 @@ pub struct Tokens {
 }
 
 /// The experts of a rank.
+#[derive(Clone)]
 pub struct Layer {
     shape: ExpertsShape,
     /// Gate, up, down.
@@ -115,6 +117,16 @@ impl Tokens {
         Self { rows, codes, scales }
     }
 
+    /// The same with the largest scale of a row off by a factor.
+    pub fn with_a_scale_off(&self, row: usize, by: f32) -> Self {
+        let mut scales = self.scales.clone();
+        let per_row = scales.len() / self.rows;
+        if let Some(largest) = scales[row * per_row..][..per_row].iter_mut().max_by(|a, b| a.total_cmp(b)) {
+            *largest *= by;
+        }
+        Self { rows: self.rows, codes: self.codes.clone(), scales }
+    }
+
     fn row(&self, shape: &ExpertsShape, row: usize) -> Vec<f64> {
         let row_bytes = shape.hidden * shape.scheme.bytes();
         let per_row = self.scales.len() / self.rows.max(1);
@@ -126,7 +138,8 @@ impl Tokens {
     }
 }
 
-fn quantized(scheme: GemmScheme, row: &[bf16]) -> (Vec<u8>, Vec<f32>) {
+/// A row as the layer quantises it: codes, or bf16, and scales.
+pub fn quantized(scheme: GemmScheme, row: &[bf16]) -> (Vec<u8>, Vec<f32>) {
     let (mut codes, mut scales) = (vec![0; row.len()], vec![0.0; row.len().div_ceil(BLOCK)]);
     let quantizer = RowQuantizer::new(FORMAT);
     match scheme {
@@ -170,6 +183,27 @@ impl Layer {
             matrix.scales.rotate_left(1);
         }
         Self { experts, ..*self }
+    }
+
+    /// The same with one scale of a matrix of an expert (gate, up, down) off by a factor.
+    pub fn with_a_scale_off(&self, expert: usize, matrix: usize, by: f32) -> Self {
+        let mut experts = self.experts.clone();
+        experts[expert][matrix].scales[0] *= by;
+        Self { experts, ..*self }
+    }
+
+    /// What local expert `expert` makes of a row of `tokens` up to gemm2, before it is rounded.
+    pub fn activated(&self, expert: usize, tokens: &Tokens, row: usize) -> Vec<f64> {
+        let [gate, up, _] = &self.experts[expert];
+        let x = tokens.row(&self.shape, row);
+        let (gate, up) = (gate.times(self.shape.scheme, &x), up.times(self.shape.scheme, &x));
+        gate.iter().zip(&up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect()
+    }
+
+    /// What gemm2 of local expert `expert` makes of a quantised row.
+    pub fn product(&self, expert: usize, codes: &[u8], scales: &[f32]) -> Vec<f64> {
+        let scheme = self.shape.scheme;
+        self.experts[expert][2].times(scheme, &dequantized(scheme, codes, scales))
     }
 
     pub fn packed(&self) -> Result<Packed, Failed> {

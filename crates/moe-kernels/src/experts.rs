@@ -81,18 +81,28 @@ pub struct ExpertsCall {
     pub tile: TokenTile,
 }
 
-/// Offsets of the pieces of the workspace.
-#[derive(Clone, Copy, Debug)]
-struct Pieces {
-    offsets: usize,
-    pair_rows: usize,
-    positions: usize,
-    counts: usize,
-    activated: usize,
-    codes: usize,
-    scales: usize,
-    products: usize,
-    total: usize,
+/// Where in the workspace a call leaves what is between its stages, in bytes from its start: for tests, which judge every stage
+/// by what it was given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pieces {
+    /// `[experts + 1]` u32: where the pairs of each expert begin.
+    pub offsets: usize,
+    /// `[pairs]` u32: the row of each pair.
+    pub pair_rows: usize,
+    /// `[rows, top_k]` i32: the pair of each slot, -1 if its expert is not here.
+    pub positions: usize,
+    /// Of the sort.
+    pub counts: usize,
+    /// `[pairs, intermediate]` bf16.
+    pub activated: usize,
+    /// `[pairs, intermediate]` FP8; empty for bf16.
+    pub codes: usize,
+    /// f32 `[pairs, intermediate / 128]`, or `[pairs]`; empty for bf16.
+    pub scales: usize,
+    /// `[pairs, hidden]` as [`ExpertsShape::products`].
+    pub products: usize,
+    /// Its size.
+    pub total: usize,
 }
 
 /// The launches of a call, in order.
@@ -118,7 +128,8 @@ impl ExpertsShape {
         rows * self.top_k.min(self.experts)
     }
 
-    fn pieces(&self, rows: usize) -> Pieces {
+    /// The pieces of the workspace of a call of `rows` rows.
+    pub fn pieces(&self, rows: usize) -> Pieces {
         let (pairs, slots) = (self.pairs(rows), rows * self.top_k);
         let mut end = 0;
         let mut piece = |bytes: usize| {
