@@ -4,6 +4,10 @@
 #include "platform.h"
 
 namespace moe::sm90 {
+// `v`, which is the same in all lanes, said so that the compiler keeps what is computed from it in the registers of the warp, where
+// products take their operands' places from.
+MOE_DEVICE u32 of_warp(u32 v) { return __shfl_sync(~0u, v, 0); }
+
 // An address in shared memory, as instructions take it.
 MOE_DEVICE u32 shared_address(const void *p) { return u32(__cvta_generic_to_shared(p)); }
 

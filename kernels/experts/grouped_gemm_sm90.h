@@ -365,6 +365,7 @@ template <u32 TOKENS> MOE_DEVICE void release(Barrier &empty) {
 template <class Sums, Scales SCALES, u32 TOKENS, u32 STAGES> struct Steps {
     const GroupedGemmParams &p;
     Memory<TOKENS, STAGES> &m;
+    u32 half; // which of the two warpgroups
     u32 step;
     float sum[WIDTH<TOKENS>][Sums::SUMS];
 
@@ -376,7 +377,6 @@ template <class Sums, Scales SCALES, u32 TOKENS, u32 STAGES> struct Steps {
     // Starts the products of a step with a tile of weights.
     MOE_DEVICE void start(float (&d)[Sums::SUMS], u32 k, u32 tile, bool add) {
         auto &stage = m.stages[(step + k) % STAGES];
-        const u32 half = thread_index() / 128;
         const u32 weights = shared_address(stage.weights[tile]) + half * Sums::WEIGHTS_APART;
         const u32 tokens = shared_address(stage.tokens) + half * Sums::TOKENS_APART;
         MOE_UNROLL for (u32 i = 0; i < 4; i++) Sums::product(d, weights + 32 * i, tokens + 32 * i, add || i > 0);
@@ -444,11 +444,11 @@ template <class Sums, Scales SCALES, u32 TOKENS, u32 STAGES> struct Steps {
 
 template <class Sums, Scales SCALES, u32 TOKENS, u32 STAGES>
 MOE_DEVICE void multiply(const GroupedGemmParams &p, Memory<TOKENS, STAGES> &m) {
-    const u32 tiles = m.first_tile[p.experts], half = thread_index() / 128;
-    Steps<Sums, SCALES, TOKENS, STAGES> steps{p, m, 0, {}};
+    const u32 tiles = of_warp(m.first_tile[p.experts]), half = of_warp(thread_index() / 128);
+    Steps<Sums, SCALES, TOKENS, STAGES> steps{p, m, half, 0, {}};
     for (u32 tile = block_index() / BLOCKS<TOKENS>; tile < tiles; tile += p.blocks / BLOCKS<TOKENS>, steps.step += p.k_tiles) {
         const Work w = work<TOKENS>(tile, m.first_tile, m.offsets, p.experts, p.n_tiles);
-        if (Sums::TOKENS_APART > 0 && half * (TOKENS / 2) >= w.count) {
+        if (Sums::TOKENS_APART > 0 && half * (TOKENS / 2) >= of_warp(w.count)) {
             steps.none();
             continue;
         }
