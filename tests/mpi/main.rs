@@ -6,7 +6,8 @@
 //! - `transport`: puts, signals, collectives, traffic
 //! - `bits`: layers give the bits that they give over threads, for the same nodes
 //! - `conformance [FLOOR]`: the comm suite on every backend; at least FLOOR cases pass over all of them
-//! - `lose HOW`: a rank falls silent, is stopped or is killed; the job must be aborted
+//! - `lose HOW [PHASE]`: a rank falls silent, is stopped or is killed, among plain rows or in a phase of a layer; the
+//!   job must be aborted
 
 mod bits;
 #[path = "../regressions/common.rs"]
@@ -45,6 +46,10 @@ impl Launcher for OverMpi {
     ) -> Result<Vec<Vec<u8>>, Outcome> {
         let launcher = self.0.read().expect("no one panics with the lock");
         launcher.as_ref().expect("MPI has not ended").launch(spec, body)
+    }
+
+    fn refusal(&self, spec: GroupSpec) -> Option<Outcome> {
+        self.0.read().expect("no one panics with the lock").as_ref()?.refusal(spec)
     }
 
     fn is_judge(&self) -> bool {
@@ -142,6 +147,7 @@ fn main() -> ExitCode {
             floor.parse().map_err(Failure::from).and_then(|n| conformance::run(&job, n))
         }
         ["lose", how] => lose::run(&job, how),
+        ["lose", how, phase] => lose::in_layer(&job, how, phase),
         _ => Err(format!("unknown arguments {arguments:?}").into()),
     };
     match outcome {

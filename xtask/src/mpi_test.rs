@@ -104,7 +104,12 @@ pub fn mpi_test(repo: &Repo, options: &MpiTest) -> Result<()> {
     }
     if has(MpiPart::Loss) {
         for how in ["silent", "stopped", "killed"] {
-            steps.step(format!("lose {how}"), || job(2).loses(how))?;
+            steps.step(format!("lose {how}"), || job(2).loses(&[how]))?;
+        }
+        for phase in ["between", "in_dispatch", "in_combine"] {
+            for how in ["stopped", "killed"] {
+                steps.step(format!("lose {how} {phase}"), || job(4).loses(&[how, phase]))?;
+            }
         }
     }
     steps.finish();
@@ -171,16 +176,16 @@ impl Job<'_> {
     }
 
     /// Runs a job that loses a rank: it must be aborted in time, and say who was lost.
-    fn loses(&self, how: &str) -> Result<()> {
+    fn loses(&self, how: &[&str]) -> Result<()> {
         let start = Instant::now();
-        let Output { status, stdout, stderr } = self.command(&["lose", how]).output()?;
+        let Output { status, stdout, stderr } = self.command(&[&["lose"], how].concat()).output()?;
         let took = start.elapsed();
         let said = [stdout, stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
-        ensure!(!status.success(), "the job did not notice the loss ({how}):\n{said}");
+        ensure!(!status.success(), "the job did not notice the loss ({how:?}):\n{said}");
         ensure!(took < LOSS_LIMIT, "the job ended only after {took:.1?}:\n{said}");
         // mpirun sees by itself that a process was killed, and may be faster.
-        let names_it = said.contains("PeerLost: rank 1 ") || how == "killed" && said.contains("signal 9");
-        ensure!(names_it, "the job does not say that rank 1 was lost ({how}):\n{said}");
+        let names_it = said.contains("PeerLost: rank 1 ") || how[0] == "killed" && said.contains("signal 9");
+        ensure!(names_it, "the job does not say that rank 1 was lost ({how:?}):\n{said}");
         Ok(())
     }
 }

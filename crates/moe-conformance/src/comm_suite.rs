@@ -19,7 +19,7 @@ use fused_moe_core::{
 
 use crate::case::Case;
 use crate::named::Named;
-use crate::outcome::{Check, Outcome, Settings, chain, fail, supervised};
+use crate::outcome::{Check, Outcome, Settings, chain, fail, has_ranks, supervised};
 use crate::reference;
 use crate::shared::{Probe, SharedComm};
 use crate::wire::Encoding;
@@ -136,6 +136,7 @@ impl Accepted {
 impl Target<'_> {
     /// The plan for `case`, or the backend's reasons against it; whoever has reasons must not be buildable.
     fn accepts(&self, case: &Case) -> Check<Accepted> {
+        has_ranks(case, self.settings)?;
         let config = case.config();
         let probe = Probe { kind: self.kind, wire: self.wire };
         let reasons = match self.provider.supports(&config, self.kind) {

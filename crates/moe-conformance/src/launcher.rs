@@ -1,7 +1,9 @@
 //! What a rank is while a case runs: a thread, or a process that runs the whole suite beside its peers.
 
+use std::collections::BTreeSet;
 use std::num::NonZeroUsize;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ep_transport::{Endpoint, ThreadOptions, TransportError, run_ranks};
@@ -34,6 +36,11 @@ pub trait Launcher: Send + Sync + std::fmt::Debug {
         spec: GroupSpec,
         body: &(dyn Fn(Endpoint) -> Vec<u8> + Sync),
     ) -> Result<Vec<Vec<u8>>, Outcome>;
+
+    /// Why there can be no such group, where that is known already: asked before a case is prepared at length.
+    fn refusal(&self, _spec: GroupSpec) -> Option<Outcome> {
+        None
+    }
 
     /// Whether this process checks what was gathered. Where every rank gathers the same, one of them is enough.
     fn is_judge(&self) -> bool {
@@ -71,6 +78,8 @@ impl Launcher for Threads {
 pub struct Spmd<S> {
     world: Endpoint,
     split: S,
+    /// Ranks, and ranks per node, of groups that there cannot be.
+    refused: Mutex<BTreeSet<[usize; 2]>>,
 }
 
 impl<S> Spmd<S>
@@ -79,7 +88,17 @@ where
 {
     /// The launcher over `world`.
     pub fn new(world: Endpoint, split: S) -> Self {
-        Self { world, split }
+        Self { world, split, refused: Mutex::default() }
+    }
+
+    fn refused(&self) -> MutexGuard<'_, BTreeSet<[usize; 2]>> {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn no_room(&self, spec: GroupSpec) -> Outcome {
+        let wanted = format!("{} ranks on nodes of {}", spec.ranks, spec.ranks_per_node);
+        let offered = format!("what fits into {} ranks as they are placed", self.world.world_size());
+        Outcome::Refused(vec![Unsupported::new(Axis::Parallel, wanted, offered)])
     }
 }
 
@@ -101,9 +120,8 @@ where
         let group = match (self.split)(spec) {
             Ok(group) => group,
             Err(TransportError::Topology { .. } | TransportError::Placement { .. }) => {
-                let wanted = format!("{} ranks on nodes of {}", spec.ranks, spec.ranks_per_node);
-                let offered = format!("what fits into {} ranks as they are placed", self.world.world_size());
-                return Err(Outcome::Refused(vec![Unsupported::new(Axis::Parallel, wanted, offered)]));
+                self.refused().insert([spec.ranks, spec.ranks_per_node]);
+                return Err(self.no_room(spec));
             }
             Err(error) => return fail(error),
         };
@@ -122,6 +140,11 @@ where
             true => Ok(parts.into_iter().map(|(_, bytes)| bytes.to_vec()).collect()),
             false => fail(format!("{} ranks answered, {} are in the group", parts.len(), spec.ranks)),
         }
+    }
+
+    /// What [`launch`](Launcher::launch) has refused before: how ranks are placed does not change.
+    fn refusal(&self, spec: GroupSpec) -> Option<Outcome> {
+        self.refused().contains(&[spec.ranks, spec.ranks_per_node]).then(|| self.no_room(spec))
     }
 
     fn is_judge(&self) -> bool {
@@ -245,7 +268,11 @@ mod tests {
                 1 => panic!("one fails"),
                 rank => encode(Ok(u64::from(rank))),
             };
-            (launcher.launch(spec(3), &body), launcher.launch(spec(2), &body))
+            let known = |ranks| launcher.refusal(spec(ranks));
+            assert_eq!((known(3), known(2)), (None, None));
+            let answers = (launcher.launch(spec(3), &body), launcher.launch(spec(2), &body));
+            assert_eq!((known(3), known(2)), (None, answers.1.clone().err()));
+            answers
         });
         for (whole, part) in answers.unwrap() {
             let ended: Vec<_> = whole.unwrap().iter().map(|bytes| decode::<u64>(bytes)).collect();

@@ -13,7 +13,7 @@ use router::HostRouter;
 use crate::bound::Rounding;
 use crate::case::{Case, LayerWeights, RankInput};
 use crate::oracle::{InputScales, Layer};
-use crate::outcome::{Check, Outcome, Settings, chain, fail, on_ranks, supervised};
+use crate::outcome::{Check, Outcome, Settings, chain, fail, has_ranks, on_ranks, supervised};
 
 /// The round whose outputs are bf16; those of the others are f32.
 const IN_BF16: usize = 1;
@@ -49,6 +49,7 @@ pub fn run(registry: &Registry, case: &Case, selection: Selection<'_>, settings:
 
 /// As [`run`], on the calling thread.
 pub(crate) fn check(registry: &Registry, case: &Case, selection: Selection<'_>, settings: Settings) -> Check {
+    has_ranks(case, settings)?;
     let config = case.config();
     let survey = match registry.survey(&config, selection) {
         Ok(survey) => survey,

@@ -159,6 +159,16 @@ fn poisoned(group: &Endpoint) -> Endpoint {
     Endpoint::new(Arc::new(Poisoned::new(Arc::clone(group.transport()))))
 }
 
+fn spec(case: &Case, settings: Settings) -> GroupSpec {
+    let ranks_per_node = case.config().ranks_per_node;
+    GroupSpec { ranks: case.ep_size(), ranks_per_node, timeout: settings.timeout }
+}
+
+/// Refuses `case` if it is known that there cannot be its ranks.
+pub(crate) fn has_ranks(case: &Case, settings: Settings) -> Check {
+    settings.launcher.refusal(spec(case, settings)).map_or(Ok(()), Err)
+}
+
 /// Runs `body` on the ranks that `case` needs and returns what they return, or the failures of all. Their heaps are
 /// poisoned: what a backend reads without having written it is NaN.
 pub(crate) fn on_ranks<T: Portable>(
@@ -166,12 +176,7 @@ pub(crate) fn on_ranks<T: Portable>(
     settings: Settings,
     body: impl Fn(Endpoint) -> Check<T> + Sync,
 ) -> Check<Vec<T>> {
-    let spec = GroupSpec {
-        ranks: case.ep_size(),
-        ranks_per_node: case.config().ranks_per_node,
-        timeout: settings.timeout,
-    };
-    let results = settings.launcher.launch(spec, &|group| encode(body(poisoned(&group))))?;
+    let results = settings.launcher.launch(spec(case, settings), &|group| encode(body(poisoned(&group))))?;
     let (mut values, mut failures) = (Vec::new(), Vec::new());
     for (rank, result) in results.iter().enumerate() {
         match decode(result) {

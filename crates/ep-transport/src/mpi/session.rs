@@ -18,6 +18,11 @@ use crate::error::{Awaited, Result, TransportError};
 /// Exit code of a job that was aborted: the program's for what fails at run time.
 const EXIT_CODE: c_int = 1;
 
+/// How long a rank that has said why the job must end lets the others speak. Ranks that wait for each other reach their
+/// deadlines at about the same time, and only those that wait for the lost rank itself can name it: some of them inside
+/// MPI, where the watchdog has to speak for them.
+const LAST_WORDS: Duration = super::watchdog::LATEST.saturating_add(Duration::from_millis(400));
+
 /// How long an aborting thread tries to get hold of MPI.
 const ABORT_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -81,6 +86,7 @@ impl Session {
 
     fn abort(&self, why: &str) -> ! {
         eprintln!("{why}; this rank aborts the job");
+        std::thread::sleep(LAST_WORDS);
         let patience = Deadline::after(ABORT_PATIENCE);
         while patience.remaining().is_some() {
             if let Ok(_held) = self.calls.try_lock() {

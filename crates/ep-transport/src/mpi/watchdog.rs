@@ -10,10 +10,13 @@ use crate::deadline::Deadline;
 use crate::error::{Awaited, Silence, TransportError};
 
 /// How long after its deadline a call into MPI may go on. A rank that can look at the clock itself comes first.
-const GRACE: Duration = Duration::from_secs(1);
+const GRACE: Duration = Duration::from_millis(250);
 
 /// Time between two looks at the clock.
-const PERIOD: Duration = Duration::from_millis(250);
+const PERIOD: Duration = Duration::from_millis(100);
+
+/// How long after its deadline a call has ended the process.
+pub(super) const LATEST: Duration = GRACE.saturating_add(PERIOD);
 
 /// What is waited for, and until when.
 #[derive(Clone, Copy, Debug)]
