@@ -68,7 +68,7 @@ mod host_simt {
             for entry in fs::read_dir(stage)? {
                 let file = entry?.path();
                 println!("cargo::rerun-if-changed={}", file.display());
-                if file.extension().is_some_and(|e| e == "hip") && is_for_all(&file) {
+                if file.extension().is_some_and(|e| e == "hip") {
                     sources.push(file);
                 }
             }
@@ -79,17 +79,19 @@ mod host_simt {
             let mut build = compiler();
             build.define(&format!("MOE_AS_{}", arch.to_uppercase().replace('_', "")), None);
             // Kernels are C++ under another name.
-            build.flag("-x").flag("c++").files(&sources).compile(&format!("moe_kernels_{arch}"));
+            let sources = sources.iter().filter(|file| is_for(file, arch));
+            build.flag("-x").flag("c++").files(sources).compile(&format!("moe_kernels_{arch}"));
         }
         // Libraries are searched in order, and the kernels call the scheduler.
         println!("cargo::rustc-link-lib=static=moe_host_simt");
         Ok(())
     }
 
-    /// Whether `file` is for all devices. What is written for one alone uses instructions that are not played yet.
-    fn is_for_all(file: &Path) -> bool {
+    /// Whether `file` is for all devices, or for `arch`. The main loop of Hopper uses instructions that are not played yet.
+    fn is_for(file: &Path, arch: &str) -> bool {
         let stem = file.file_stem().unwrap_or_default().to_string_lossy();
-        !ARCHES.iter().any(|arch| stem.ends_with(&format!("_{}", arch.replace("sm_90a", "sm90"))))
+        let ends_with = |arch: &str| stem.ends_with(&format!("_{}", arch.replace("sm_90a", "sm90")));
+        ends_with(arch) && arch != "sm_90a" || !ARCHES.iter().any(|arch| ends_with(arch))
     }
 
     fn compiler() -> cc::Build {

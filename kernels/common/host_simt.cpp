@@ -13,16 +13,23 @@ namespace {
 // Of a kernel's thread. Arrays of kernels are in shared memory or in registers.
 constexpr u64 STACK_BYTES = 64 << 10;
 
+// Threads of the largest group that does an operation together: a warpgroup of Hopper.
+constexpr u32 MAX_TOGETHER = 128;
+
 // What shared memory holds before anyone writes: neither zero nor a finite number in f32, bf16 or FP8.
 constexpr u8 POISON = 0xff;
 
-enum class State { READY, AT_BARRIER, IN_EXCHANGE, ENDED };
+enum class State { READY, AT_BARRIER, IN_EXCHANGE, TOGETHER, ENDED };
 
 struct Fiber {
     ucontext_t context;
     std::unique_ptr<u8[]> stack;
     u32 thread = 0;
     State state = State::ENDED;
+    // What it does with others of its group, and gives to it.
+    void (*run)(void *const *) = nullptr;
+    void *given = nullptr;
+    u32 lanes = 0;
     // Exchanges so far. Lanes are at most one apart, so two buffers are enough.
     u32 exchanges = 0;
 };
@@ -100,6 +107,20 @@ void release(Block &block, u32 first, u32 last, State state) {
     }
 }
 
+// Does what the group of a fiber waits for, if all of it wait for the same.
+void run_together(Block &block, const Fiber &fiber) {
+    const u32 first = fiber.thread / fiber.lanes * fiber.lanes;
+    if (first + fiber.lanes > block.fibers.size()) return;
+    void *given[MAX_TOGETHER];
+    for (u32 i = 0; i < fiber.lanes; i++) {
+        const Fiber &other = block.fibers[first + i];
+        if (other.state != State::TOGETHER || other.run != fiber.run || other.lanes != fiber.lanes) return;
+        given[i] = other.given;
+    }
+    fiber.run(given);
+    for (u32 i = 0; i < fiber.lanes; i++) block.fibers[first + i].state = State::READY;
+}
+
 // One fiber until it waits, yields or ends.
 void step(Machine &m, Block &block, Fiber &fiber) {
     m.block = &block;
@@ -108,7 +129,9 @@ void step(Machine &m, Block &block, Fiber &fiber) {
     const u32 first = fiber.thread / m.warp * m.warp;
     const u32 last = first + m.warp < m.launch->block ? first + m.warp : m.launch->block;
     if (fiber.state == State::ENDED) block.running--;
-    if (fiber.state != State::READY) {
+    if (fiber.state == State::TOGETHER) {
+        run_together(block, fiber);
+    } else if (fiber.state != State::READY) {
         release(block, first, last, State::IN_EXCHANGE);
         release(block, 0, m.launch->block, State::AT_BARRIER);
     }
@@ -182,6 +205,15 @@ const u32 *give(u32 value) {
     return &buffer[fiber.thread / m.warp * m.warp];
 }
 } // namespace
+
+void together(u32 lanes, void (*run)(void *const *), void *mine) {
+    Fiber &fiber = *machine->fiber;
+    fiber.run = run;
+    fiber.given = mine;
+    fiber.lanes = lanes;
+    fiber.state = State::TOGETHER;
+    to_scheduler();
+}
 
 u32 exchange(u32 value, u32 from) { return give(value)[from]; }
 

@@ -16,7 +16,8 @@ static_assert(sizeof(Launch) == 24, "mirrored in Rust");
 
 enum Outcome {
     DONE = 0,
-    // Threads wait for others that have ended or wait for something else: a barrier that not all reach.
+    // Threads wait for others that have ended or wait for something else: a barrier that not all reach, or an instruction of
+    // a wave that some lanes are not at.
     STUCK = 1,
     // The launch asks for more threads than the kernel is made for, for none, or for a part of a warp.
     BAD_LAUNCH = 2,
@@ -37,6 +38,9 @@ u64 ballot(bool holds);
 // Of what all lanes of the warp give in the same call.
 u32 largest(u32 value);
 u32 sum(u32 value);
+// One operation of all threads of an aligned group of `lanes`: `run` is called once, when all of them have come here with it,
+// with what each gives, and then they go on.
+void together(u32 lanes, void (*run)(void *const *given), void *mine);
 // The block's array for `key`, of `bytes`; poisoned when the first thread asks for it.
 void *shared(const void *key, u64 bytes);
 // Lets other threads run, as a loop that waits for another block must.

@@ -29,6 +29,9 @@
 //   dot_bytes(a, b, sum)        sum, and the products of the bytes of two words
 //   square_root(x)              rounded once
 //   reciprocal(x)               the same, of a number between 1 and 2^64
+//   fused(a, b, c)              a·b + c, rounded once
+//   near_exp(x)                 e to the x, and
+//   near_quotient(a, b)         a / b, of b below 2^126: within a few units of the last place, for what is rounded to bf16
 //   fetch_or(p, v)              atomic within the block, on its shared memory; what was there before
 //   fetch_max(p, v)             atomic on shared or the device's memory; what was there before
 //   fetch_add(p, v)             atomic on the device's memory, ordered before and after: acquire and release
@@ -54,6 +57,12 @@
 
 namespace moe {
 template <class T> MOE_DEVICE T *ptr(u64 address) {
+#if defined(__HIP__) && !defined(MOE_HOST_SIMT)
+    // The device's memory, as every address of a struct: from what could be shared memory too, a load counts with those of
+    // shared memory, and a barrier would wait for it.
+    return (T *)reinterpret_cast<__attribute__((address_space(1))) T *>(address);
+#else
     return reinterpret_cast<T *>(address);
+#endif
 }
 } // namespace moe

@@ -57,6 +57,10 @@ MOE_DEVICE u32 dot_bytes(u32 a, u32 b, u32 sum) { return __builtin_amdgcn_udot4(
 MOE_DEVICE float square_root(float x) { return __builtin_sqrtf(x); }
 MOE_DEVICE float reciprocal(float x) { return 1.0f / x; }
 
+MOE_DEVICE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+MOE_DEVICE float near_exp(float x) { return __builtin_amdgcn_exp2f(x * 1.44269504f); }
+MOE_DEVICE float near_quotient(float a, float b) { return a * __builtin_amdgcn_rcpf(b); }
+
 MOE_DEVICE u32 fetch_or(u32 *p, u32 v) {
     return __hip_atomic_fetch_or(p, v, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_WORKGROUP);
 }

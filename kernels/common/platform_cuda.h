@@ -41,6 +41,10 @@ MOE_DEVICE float reciprocal(float x) {
     return __fmaf_rn(near, __fmaf_rn(-x, near, 1.0f), near);
 }
 
+MOE_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+MOE_DEVICE float near_exp(float x) { return __expf(x); }
+MOE_DEVICE float near_quotient(float a, float b) { return __fdividef(a, b); }
+
 MOE_DEVICE u32 fetch_or(u32 *p, u32 v) { return atomicOr(p, v); }
 MOE_DEVICE u32 fetch_max(u32 *p, u32 v) { return atomicMax(p, v); }
 MOE_DEVICE u32 fetch_add(u32 *p, u32 v) {

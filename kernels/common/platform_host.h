@@ -14,6 +14,14 @@
 #error "host SIMT plays a device: define MOE_AS_SM90A, MOE_AS_GFX942 or MOE_AS_GFX950"
 #endif
 
+// Everything that a kernel uses or has is in a namespace of the device that is played: inline functions and templates of one name
+// would be taken for the same by the linker, whichever device they were compiled for.
+namespace moe_of_all = moe;
+#define moe MOE_SYMBOL(moe)
+namespace moe {
+using namespace moe_of_all;
+}
+
 #define MOE_DEVICE inline
 // A kernel, and the function by which Rust launches it; 0 is success, see simt::Outcome.
 #define MOE_KERNEL(name, Params, threads)                                                                              \
@@ -29,8 +37,6 @@
 #define MOE_UNROLL
 
 namespace moe {
-// Not shared between the devices that are played, so that each has its own of every inline function below.
-inline namespace MOE_SYMBOL(device) {
 #if defined(MOE_AS_SM90A)
 constexpr u32 WARP = 32;
 #else
@@ -82,6 +88,10 @@ inline u32 dot_bytes(u32 a, u32 b, u32 sum) {
 inline float reciprocal(float x) { return 1.0f / x; }
 inline float square_root(float x) { return __builtin_sqrtf(x); }
 
+inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline float near_exp(float x) { return __builtin_expf(x); }
+inline float near_quotient(float a, float b) { return a / b; }
+
 // Fibers of one thread: nothing comes between the two halves of an atomic operation.
 inline u32 fetch_or(u32 *p, u32 v) {
     const u32 before = *p;
@@ -129,5 +139,4 @@ inline u32 to_fp8x4(float a, float b, float c, float d, float max) {
 
 inline u32x4 load_once(const u32x4 *p) { return *p; }
 inline void store_once(u64 *p, u64 v) { *p = v; }
-} // namespace MOE_SYMBOL(device)
 } // namespace moe

@@ -6,8 +6,9 @@
 namespace moe {
 // A product for every expert: weights [experts, n, k] with the rows of `tokens` that are the expert's.
 //
-// Weights are packed in tiles of 128 rows by 128 bytes of k, [experts, n_tiles, k_tiles, 128, 128 bytes], 16-byte chunk c of
-// row r at chunk c ^ (r % 8). Before an activation, rows of gate and up alternate in groups of eight.
+// Weights are packed in tiles of 128 rows by 128 bytes of k, [experts, n_tiles, k_tiles, 128, 128 bytes]. For sm_90a, 16-byte
+// chunk c of row r is at chunk c ^ (r % 8). For CDNA a tile has 4 slabs of 32 rows, each [8 chunks, 32 rows, 16 bytes], so that
+// a wave reads one of them in four pieces of 1 KiB. Before an activation, rows of gate and up alternate in groups of eight.
 struct GroupedGemmParams {
     u64 weights;
     u64 weight_scales; // [experts, n_tiles, k_tiles, 2] f32: of the first and the other eight of 16 rows; or [experts, n] f32
@@ -29,9 +30,9 @@ static_assert(sizeof(GroupedGemmParams) == 88, "mirrored in Rust");
 constexpr u32 TILE_ROWS = 128;
 constexpr u32 TILE_ROW_BYTES = 128;
 constexpr u32 TILE_BYTES = TILE_ROWS * TILE_ROW_BYTES;
-// Two warpgroups multiply, one fetches.
+// On sm_90a. Two warpgroups multiply, one fetches.
 constexpr u32 GROUPED_GEMM_THREADS = 384;
 constexpr u32 MAX_EXPERTS = 256;
-// All that a block can have: there is one on each multiprocessor.
+// All that a block can have on sm_90a: there is one on each multiprocessor.
 constexpr u32 GROUPED_GEMM_SHARED_BYTES = 232448;
 } // namespace moe

@@ -35,6 +35,7 @@ const POISON: u8 = 0xff;
 
 pub fn shape(gpu: &Gpu, scheme: GemmScheme) -> Result<ExpertsShape, Failed> {
     Ok(ExpertsShape {
+        arch: gpu.kernels.arch(),
         scheme,
         hidden: 640,
         intermediate: 384,

@@ -2,7 +2,7 @@
 
 use std::num::NonZeroUsize;
 
-use fused_moe_core::{Fp8Format, Granularity};
+use fused_moe_core::Granularity;
 use half::bf16;
 use libtest_mimic::Failed;
 use moe_kernels::experts::ExpertsShape;
@@ -12,7 +12,6 @@ use quant::{RowQuantizer, decode};
 use rand::Rng;
 use rand_pcg::Pcg64;
 
-const FORMAT: Fp8Format = Fp8Format::E4M3Fn;
 const BLOCK: usize = 128;
 
 /// `[rows, columns]` codes with scales as a checkpoint has them.
@@ -52,26 +51,26 @@ pub struct Packed {
 }
 
 /// The value of element `column` of a row.
-fn value(scheme: GemmScheme, row: &[u8], column: usize) -> f64 {
-    match scheme {
+fn value(shape: &ExpertsShape, row: &[u8], column: usize) -> f64 {
+    match shape.scheme {
         GemmScheme::Bf16 => f64::from(bf16::from_le_bytes([row[2 * column], row[2 * column + 1]]).to_f32()),
-        _ => f64::from(decode(FORMAT, row[column])),
+        _ => f64::from(decode(shape.arch.fp8(), row[column])),
     }
 }
 
 impl Matrix {
-    fn random(random: &mut Pcg64, scheme: GemmScheme, rows: usize, columns: usize) -> Self {
+    fn random(random: &mut Pcg64, shape: &ExpertsShape, rows: usize, columns: usize) -> Self {
         let scale = 2.0 / (columns as f32).sqrt();
-        let (bytes, scales) = match scheme {
+        let (bytes, scales) = match shape.scheme {
             GemmScheme::Bf16 => {
                 let value = |_| bf16::from_f32(random.random_range(-scale..scale)).to_le_bytes();
                 ((0..rows * columns).flat_map(value).collect(), Vec::new())
             }
             _ => {
-                // Neither of the codes of NaN.
-                let code = |_| random.random_range(0..0x7f_u8) | (random.random::<u8>() & 0x80);
+                // Neither of the codes of NaN, which are others in FNUZ.
+                let code = |_| random.random_range(1..0x7f_u8) | (random.random::<u8>() & 0x80);
                 let bytes = (0..rows * columns).map(code).collect();
-                let scales = match scheme {
+                let scales = match shape.scheme {
                     GemmScheme::Fp8Block => rows.div_ceil(BLOCK) * columns.div_ceil(BLOCK),
                     _ => rows,
                 };
@@ -91,11 +90,12 @@ impl Matrix {
     }
 
     /// The product with a vector.
-    fn times(&self, scheme: GemmScheme, x: &[f64]) -> Vec<f64> {
-        let row_bytes = self.columns * scheme.bytes();
+    fn times(&self, shape: &ExpertsShape, x: &[f64]) -> Vec<f64> {
+        let row_bytes = self.columns * shape.scheme.bytes();
         let product = |(row, bytes): (usize, &[u8])| {
-            let term =
-                |column: usize| value(scheme, bytes, column) * self.scale(scheme, row, column) * x[column];
+            let term = |column: usize| {
+                value(shape, bytes, column) * self.scale(shape.scheme, row, column) * x[column]
+            };
             (0..self.columns).map(term).sum()
         };
         self.bytes.chunks(row_bytes).enumerate().map(product).collect()
@@ -110,7 +110,7 @@ impl Tokens {
             .collect();
         let (mut codes, mut scales) = (Vec::new(), Vec::new());
         for row in values.chunks(shape.hidden) {
-            let (row_codes, row_scales) = quantized(shape.scheme, row);
+            let (row_codes, row_scales) = quantized(shape, row);
             codes.extend(row_codes);
             scales.extend(row_scales);
         }
@@ -131,7 +131,7 @@ impl Tokens {
         let row_bytes = shape.hidden * shape.scheme.bytes();
         let per_row = self.scales.len() / self.rows.max(1);
         dequantized(
-            shape.scheme,
+            shape,
             &self.codes[row * row_bytes..][..row_bytes],
             &self.scales[row * per_row..][..per_row],
         )
@@ -139,10 +139,10 @@ impl Tokens {
 }
 
 /// A row as the layer quantises it: codes, or bf16, and scales.
-pub fn quantized(scheme: GemmScheme, row: &[bf16]) -> (Vec<u8>, Vec<f32>) {
+pub fn quantized(shape: &ExpertsShape, row: &[bf16]) -> (Vec<u8>, Vec<f32>) {
     let (mut codes, mut scales) = (vec![0; row.len()], vec![0.0; row.len().div_ceil(BLOCK)]);
-    let quantizer = RowQuantizer::new(FORMAT);
-    match scheme {
+    let quantizer = RowQuantizer::new(shape.arch.fp8());
+    match shape.scheme {
         GemmScheme::Bf16 => return (row.iter().flat_map(|x| x.to_le_bytes()).collect(), Vec::new()),
         GemmScheme::Fp8Block => {
             let granularity = Granularity::Group(NonZeroUsize::new(BLOCK).expect("128 is not 0"));
@@ -157,20 +157,22 @@ pub fn quantized(scheme: GemmScheme, row: &[bf16]) -> (Vec<u8>, Vec<f32>) {
     (codes, scales)
 }
 
-fn dequantized(scheme: GemmScheme, codes: &[u8], scales: &[f32]) -> Vec<f64> {
-    let scale = |column: usize| match scheme {
+fn dequantized(shape: &ExpertsShape, codes: &[u8], scales: &[f32]) -> Vec<f64> {
+    let scale = |column: usize| match shape.scheme {
         GemmScheme::Bf16 => 1.0,
         GemmScheme::Fp8Block => f64::from(scales[column / BLOCK]),
         GemmScheme::Fp8Row => f64::from(scales[0]),
     };
-    (0..codes.len() / scheme.bytes()).map(|column| value(scheme, codes, column) * scale(column)).collect()
+    (0..codes.len() / shape.scheme.bytes())
+        .map(|column| value(shape, codes, column) * scale(column))
+        .collect()
 }
 
 impl Layer {
     pub fn random(random: &mut Pcg64, shape: ExpertsShape) -> Self {
-        let ExpertsShape { scheme, hidden, intermediate, .. } = shape;
+        let ExpertsShape { hidden, intermediate, .. } = shape;
         let expert = |_| {
-            let mut matrix = |rows, columns| Matrix::random(random, scheme, rows, columns);
+            let mut matrix = |rows, columns| Matrix::random(random, &shape, rows, columns);
             [matrix(intermediate, hidden), matrix(intermediate, hidden), matrix(hidden, intermediate)]
         };
         Self { shape, experts: (0..shape.experts).map(expert).collect() }
@@ -196,23 +198,22 @@ impl Layer {
     pub fn activated(&self, expert: usize, tokens: &Tokens, row: usize) -> Vec<f64> {
         let [gate, up, _] = &self.experts[expert];
         let x = tokens.row(&self.shape, row);
-        let (gate, up) = (gate.times(self.shape.scheme, &x), up.times(self.shape.scheme, &x));
+        let (gate, up) = (gate.times(&self.shape, &x), up.times(&self.shape, &x));
         gate.iter().zip(&up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect()
     }
 
     /// What gemm2 of local expert `expert` makes of a quantised row.
     pub fn product(&self, expert: usize, codes: &[u8], scales: &[f32]) -> Vec<f64> {
-        let scheme = self.shape.scheme;
-        self.experts[expert][2].times(scheme, &dequantized(scheme, codes, scales))
+        self.experts[expert][2].times(&self.shape, &dequantized(&self.shape, codes, scales))
     }
 
     pub fn packed(&self) -> Result<Packed, Failed> {
-        let ExpertsShape { scheme, hidden, intermediate, .. } = self.shape;
+        let ExpertsShape { arch, scheme, hidden, intermediate, .. } = self.shape;
         let (hidden_bytes, intermediate_bytes) = (hidden * scheme.bytes(), intermediate * scheme.bytes());
         let mut packed = Packed::default();
         for [gate, up, down] in &self.experts {
-            packed.gate_up.extend(pack::gate_up(&gate.bytes, &up.bytes, intermediate, hidden_bytes)?);
-            packed.down.extend(pack::down(&down.bytes, hidden, intermediate_bytes)?);
+            packed.gate_up.extend(pack::gate_up(arch, &gate.bytes, &up.bytes, intermediate, hidden_bytes)?);
+            packed.down.extend(pack::down(arch, &down.bytes, hidden, intermediate_bytes)?);
             match scheme {
                 GemmScheme::Bf16 => {}
                 GemmScheme::Fp8Block => {
@@ -232,19 +233,19 @@ impl Layer {
 
     /// `[rows, hidden]`: for every row its local experts, weighted.
     pub fn run(&self, tokens: &Tokens, ids: &[i32], weights: &[f32], map: &[i32]) -> Vec<f64> {
-        let ExpertsShape { scheme, hidden, top_k, .. } = self.shape;
+        let ExpertsShape { hidden, top_k, .. } = self.shape;
         let mut out = vec![0.0; tokens.rows * hidden];
         for row in 0..tokens.rows {
             let x = tokens.row(&self.shape, row);
             for slot in row * top_k..(row + 1) * top_k {
                 let local = usize::try_from(ids[slot]).ok().and_then(|id| usize::try_from(map[id]).ok());
                 let Some([gate, up, down]) = local.map(|local| &self.experts[local]) else { continue };
-                let (gate, up) = (gate.times(scheme, &x), up.times(scheme, &x));
+                let (gate, up) = (gate.times(&self.shape, &x), up.times(&self.shape, &x));
                 let activated =
                     gate.iter().zip(&up).map(|(g, u)| bf16::from_f32((g / (1.0 + (-g).exp()) * u) as f32));
                 let activated: Vec<bf16> = activated.collect();
-                let (codes, scales) = quantized(scheme, &activated);
-                let product = down.times(scheme, &dequantized(scheme, &codes, &scales));
+                let (codes, scales) = quantized(&self.shape, &activated);
+                let product = down.times(&self.shape, &dequantized(&self.shape, &codes, &scales));
                 for (out, product) in out[row * hidden..][..hidden].iter_mut().zip(product) {
                     *out += product * f64::from(weights[slot]);
                 }

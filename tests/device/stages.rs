@@ -106,7 +106,7 @@ fn judge(
             let mine = &activated[pair * intermediate..][..intermediate];
             let got = mine.iter().map(|x| f64::from(x.to_f32()));
             gemm1.add((pair, expert), got, &layer.activated(expert, tokens, row));
-            let (codes, scales) = quantized(scheme, mine);
+            let (codes, scales) = quantized(shape, mine);
             if scheme != GemmScheme::Bf16 {
                 let found = &workspace[pieces.codes + pair * intermediate..][..intermediate];
                 let at = pieces.scales + pair * scales.len() * 4;

@@ -2,7 +2,12 @@
 //! metadata of the objects that were built. `cargo xtask kernels test` runs this.
 
 mod experts;
+mod grouped_gemm;
+mod mfma;
 mod objects;
 mod quantize;
+#[allow(dead_code, reason = "the tests on a device use more of it")]
+#[path = "../device/reference.rs"]
+mod reference;
 mod router;
 mod simt;

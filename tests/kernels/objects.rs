@@ -1,6 +1,6 @@
 //! The objects that were built: every kernel is in them for every device, and takes an argument of the size that Rust gives.
 
-use moe_kernels::grouped_gemm::GroupedGemmParams;
+use moe_kernels::grouped_gemm::{GemmScheme, GroupedGemmParams};
 use moe_kernels::metadata::CodeObject;
 use moe_kernels::quantize::{Quantize1x128Params, QuantizePerTokenParams};
 use moe_kernels::router::RouterParams;
@@ -10,18 +10,52 @@ use moe_kernels::{Arch, object};
 use object::{Object, ObjectSection};
 use rstest::rstest;
 
-/// Object, kernel, bytes of its argument, and whether it is for Hopper alone.
-const KERNELS: [(&str, &str, usize, bool); 10] = [
-    ("quantize_1x128", "quantize_1x128", size_of::<Quantize1x128Params>(), false),
-    ("quantize_per_token", "quantize_per_token", size_of::<QuantizePerTokenParams>(), false),
-    ("moe_sorting", "moe_sorting", size_of::<MoeSortingParams>(), false),
-    ("moe_sorting", "moe_sorting_place", size_of::<MoeSortingParams>(), false),
-    ("router", "router_128", size_of::<RouterParams>(), false),
-    ("router", "router_1024", size_of::<RouterParams>(), false),
-    ("weighted_sum", "weighted_sum", size_of::<WeightedSumParams>(), false),
-    ("grouped_gemm_bf16_sm90", "grouped_gemm_bf16_8", size_of::<GroupedGemmParams>(), true),
-    ("grouped_gemm_fp8_block_sm90", "grouped_gemm_fp8_block_16", size_of::<GroupedGemmParams>(), true),
-    ("grouped_gemm_fp8_row_sm90", "grouped_gemm_fp8_row_128", size_of::<GroupedGemmParams>(), true),
+/// Object, kernel, and bytes of its argument, of what all devices have.
+const FOR_ALL: [(&str, &str, usize); 7] = [
+    ("quantize_1x128", "quantize_1x128", size_of::<Quantize1x128Params>()),
+    ("quantize_per_token", "quantize_per_token", size_of::<QuantizePerTokenParams>()),
+    ("moe_sorting", "moe_sorting", size_of::<MoeSortingParams>()),
+    ("moe_sorting", "moe_sorting_place", size_of::<MoeSortingParams>()),
+    ("router", "router_128", size_of::<RouterParams>()),
+    ("router", "router_1024", size_of::<RouterParams>()),
+    ("weighted_sum", "weighted_sum", size_of::<WeightedSumParams>()),
+];
+
+/// An instruction, and what its encoding begins with.
+type Instruction = (&'static str, u16);
+
+/// The instructions that multiply, by the upper half of their first word: MFMA has the encoding VOP3P-MAI, 0xd380 and the opcode.
+const MFMA: [(Arch, GemmScheme, [Instruction; 2]); 6] = [
+    (
+        Arch::Gfx942,
+        GemmScheme::Bf16,
+        [("v_mfma_f32_16x16x16_bf16", 0xd3e1), ("v_mfma_f32_32x32x8_bf16", 0xd3e0)],
+    ),
+    (
+        Arch::Gfx942,
+        GemmScheme::Fp8Block,
+        [("v_mfma_f32_16x16x32_fp8_fp8", 0xd3f3), ("v_mfma_f32_32x32x16_fp8_fp8", 0xd3f7)],
+    ),
+    (
+        Arch::Gfx942,
+        GemmScheme::Fp8Row,
+        [("v_mfma_f32_16x16x32_fp8_fp8", 0xd3f3), ("v_mfma_f32_32x32x16_fp8_fp8", 0xd3f7)],
+    ),
+    (
+        Arch::Gfx950,
+        GemmScheme::Bf16,
+        [("v_mfma_f32_16x16x32_bf16", 0xd3b5), ("v_mfma_f32_32x32x16_bf16", 0xd3b7)],
+    ),
+    (
+        Arch::Gfx950,
+        GemmScheme::Fp8Block,
+        [("v_mfma_f32_16x16x128_f8f6f4", 0xd3ad), ("v_mfma_f32_32x32x64_f8f6f4", 0xd3ae)],
+    ),
+    (
+        Arch::Gfx950,
+        GemmScheme::Fp8Row,
+        [("v_mfma_f32_16x16x128_f8f6f4", 0xd3ad), ("v_mfma_f32_32x32x64_f8f6f4", 0xd3ae)],
+    ),
 ];
 
 /// The attribute of `.nv.info.<kernel>` with where the argument is and its size, and how its value is stored.
@@ -29,17 +63,40 @@ const PARAM_CBANK: [u8; 2] = [0x04, 0x0a];
 
 #[rstest]
 fn kernels_take_what_rust_gives(#[values(Arch::Sm90a, Arch::Gfx942, Arch::Gfx950)] arch: Arch) {
-    for (name, kernel, bytes, of_hopper) in KERNELS {
-        if of_hopper && arch != Arch::Sm90a {
-            assert!(object(arch, name).is_err(), "{name} for {arch}");
-            continue;
-        }
+    let gemms = GemmScheme::ALL.into_iter().flat_map(|scheme| {
+        let (object, kernels) = scheme.kernels(arch);
+        kernels.map(|kernel| (object, kernel, size_of::<GroupedGemmParams>()))
+    });
+    for (name, kernel, bytes) in FOR_ALL.into_iter().chain(gemms) {
         let image = object(arch, name).unwrap();
         let found = match arch {
             Arch::Sm90a => nvidia_argument(image, kernel),
             Arch::Gfx942 | Arch::Gfx950 => amd_argument(image, kernel),
         };
         assert_eq!(found, bytes, "{kernel} for {arch}");
+    }
+}
+
+/// What multiplies are the instructions that are meant for it, each in the kernels of some tiles.
+#[test]
+fn products_are_those_of_matrix_cores() {
+    for (arch, scheme, wanted) in MFMA {
+        let (name, _) = scheme.kernels(arch);
+        let file = object::File::parse(object(arch, name).unwrap()).unwrap();
+        let code = file.section_by_name(".text").expect("there is code").data().unwrap();
+        let count = |half: u16| {
+            let halves = code.as_chunks::<4>().0.iter().map(|word| u16::from_le_bytes([word[2], word[3]]));
+            halves.filter(|&found| found == half).count()
+        };
+        for (instruction, half) in wanted {
+            assert!(count(half) >= 8, "{} of {instruction} in {name}", count(half));
+        }
+        for (other, _, instructions) in MFMA {
+            for (instruction, half) in instructions {
+                let is_wanted = wanted.iter().any(|&(_, wanted)| wanted == half);
+                assert!(is_wanted || count(half) == 0, "{instruction} of {other} in {name}");
+            }
+        }
     }
 }
 

@@ -4,9 +4,9 @@ use fused_moe_core::{
     Accumulation, Activation, Axis, DType, DeviceKind, ExpertsCaps, Fp8Format, MoeConfig, Padding,
     QuantScheme, Rank, Unsupported, WireFormat,
 };
-use moe_kernels::Float;
 use moe_kernels::experts::{ExpertsCall, ExpertsShape, ExpertsWeights};
 use moe_kernels::grouped_gemm::{GemmScheme, TokenTile};
+use moe_kernels::{Arch, Float};
 
 use crate::NAME;
 
@@ -119,6 +119,8 @@ fn beyond_counters(config: &MoeConfig) -> Option<String> {
 /// The sizes of the part of `rank`; `None` for a scheme that is not supported.
 pub(crate) fn shape(config: &MoeConfig, rank: Rank, compute_units: u32) -> Option<ExpertsShape> {
     Some(ExpertsShape {
+        // The only device that has run them.
+        arch: Arch::Sm90a,
         scheme: scheme(config.quant)?,
         hidden: config.hidden,
         intermediate: config.intermediate,

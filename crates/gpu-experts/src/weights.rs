@@ -163,7 +163,7 @@ impl PackedExperts {
 
 impl Packed {
     fn new(shape: &ExpertsShape, index: usize, expert: &ExpertMatrices<'_>) -> Result<Self, GpuExpertsError> {
-        let ExpertsShape { scheme, hidden, intermediate, .. } = *shape;
+        let ExpertsShape { arch, scheme, hidden, intermediate, .. } = *shape;
         let read = |names, lent, dims| Matrix::read(scheme, (index, names), lent, dims);
         let gate = read(["gate", "gate scale", "gate bias"], expert.gate, [intermediate, hidden])?;
         let up = read(["up", "up scale", "up bias"], expert.up, [intermediate, hidden])?;
@@ -178,8 +178,8 @@ impl Packed {
         };
         let (hidden_bytes, intermediate_bytes) = (hidden * scheme.bytes(), intermediate * scheme.bytes());
         Ok(Self {
-            gate_up: pack::gate_up(&gate.bytes, &up.bytes, intermediate, hidden_bytes)?,
-            down: pack::down(&down.bytes, hidden, intermediate_bytes)?,
+            gate_up: pack::gate_up(arch, &gate.bytes, &up.bytes, intermediate, hidden_bytes)?,
+            down: pack::down(arch, &down.bytes, hidden, intermediate_bytes)?,
             gate_up_scales,
             down_scales,
         })

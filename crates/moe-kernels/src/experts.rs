@@ -6,6 +6,7 @@
 use device_runtime::{DeviceError, Stream};
 use fused_moe_core::ScaleOrder;
 
+use crate::arch::Arch;
 use crate::grouped_gemm::{GemmBuffers, GemmScheme, GroupedGemm, GroupedGemmParams, TokenTile};
 use crate::launch::{BadLaunch, Float, Launch};
 use crate::loaded::Kernels;
@@ -21,6 +22,8 @@ const ALIGN: usize = 256;
 /// Sizes of a layer on one rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExpertsShape {
+    /// Where it runs.
+    pub arch: Arch,
     /// What is multiplied.
     pub scheme: GemmScheme,
     /// Elements of a token, a multiple of 128.
@@ -77,7 +80,7 @@ pub struct ExpertsCall {
     pub workspace: u64,
     /// `[rows, hidden]` as [`ExpertsShape::out`], written.
     pub out: u64,
-    /// Tokens of a tile; the results are the same bits for all.
+    /// Tokens of a tile. On sm_90a the results are the same bits for all; on CDNA for those of 32 and more.
     pub tile: TokenTile,
 }
 
@@ -165,11 +168,22 @@ impl ExpertsShape {
     /// # Errors
     /// [`BadLaunch`] for sizes that the kernels cannot do.
     pub fn launches(&self, weights: ExpertsWeights, call: ExpertsCall) -> Result<ExpertsLaunches, BadLaunch> {
-        let Self { scheme, hidden, intermediate, top_k, experts, num_experts, products, out, compute_units } =
-            *self;
+        let Self {
+            arch,
+            scheme,
+            hidden,
+            intermediate,
+            top_k,
+            experts,
+            num_experts,
+            products,
+            out,
+            compute_units,
+        } = *self;
         let (rows, pairs, pieces) = (call.rows, self.pairs(call.rows), self.pieces(call.rows));
         let at = |offset: usize| call.workspace + offset as u64;
         let gemm = |n, k, has_activation| GroupedGemm {
+            arch,
             scheme,
             experts,
             n,
@@ -205,7 +219,7 @@ impl ExpertsShape {
             scales: at(pieces.scales),
             count: at(pieces.offsets + experts * 4),
         };
-        let format = crate::Arch::Sm90a.fp8();
+        let format = arch.fp8();
         let quantize = match scheme {
             GemmScheme::Bf16 => Requantize::Not,
             GemmScheme::Fp8Block => {
@@ -245,6 +259,34 @@ impl ExpertsShape {
 }
 
 impl ExpertsLaunches {
+    /// Runs the call on the CPU.
+    ///
+    /// # Errors
+    /// [`SimtError`](crate::host_simt::SimtError).
+    ///
+    /// # Safety
+    /// As for [`ExpertsLaunches::enqueue`], with memory of this process.
+    #[cfg(feature = "host-simt")]
+    pub unsafe fn simulate(
+        &self,
+        arch: Arch,
+        schedule: crate::host_simt::Schedule,
+    ) -> Result<(), crate::host_simt::SimtError> {
+        use crate::host_simt::run;
+        // SAFETY: as in `enqueue`.
+        unsafe {
+            self.sort.simulate(arch, schedule)?;
+            run(arch, &self.gate_up, schedule)?;
+            match &self.quantize {
+                Requantize::Not => {}
+                Requantize::Block(launch) => run(arch, launch, schedule)?,
+                Requantize::Row(launch) => run(arch, launch, schedule)?,
+            }
+            run(arch, &self.down, schedule)?;
+            run(arch, &self.sum, schedule)
+        }
+    }
+
     /// Puts the call on `stream`.
     ///
     /// # Errors

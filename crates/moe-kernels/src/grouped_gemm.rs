@@ -1,10 +1,10 @@
-//! Stage 3: a product for every expert, on Hopper.
+//! Stage 3: a product for every expert.
 
+use crate::arch::Arch;
 use crate::launch::{BadLaunch, Float, KernelParams, Launch};
 use crate::pack::{TILE_ROW_BYTES, TILE_ROWS};
 
-const THREADS: u32 = 384;
-/// All that a block can have.
+/// On sm_90a: all dynamic shared memory that a block can have. Elsewhere it is static.
 pub(crate) const SHARED_BYTES: u32 = 232_448;
 const MAX_EXPERTS: usize = 256;
 
@@ -31,39 +31,33 @@ impl GemmScheme {
         }
     }
 
-    /// Its object, and the kernels of it by tokens of a tile.
-    pub(crate) const fn kernels(self) -> (&'static str, [&'static str; 5]) {
+    /// Its object for `arch`, and the kernels of it by tokens of a tile. The smallest tile of CDNA has 16.
+    pub const fn kernels(self, arch: Arch) -> (&'static str, [&'static str; 5]) {
+        macro_rules! kernels {
+            ($scheme:literal) => {{
+                let object = match arch {
+                    Arch::Sm90a => concat!("grouped_gemm_", $scheme, "_sm90"),
+                    Arch::Gfx942 => concat!("grouped_gemm_", $scheme, "_gfx942"),
+                    Arch::Gfx950 => concat!("grouped_gemm_", $scheme, "_gfx950"),
+                };
+                let smallest = match arch {
+                    Arch::Sm90a => concat!("grouped_gemm_", $scheme, "_8"),
+                    Arch::Gfx942 | Arch::Gfx950 => concat!("grouped_gemm_", $scheme, "_16"),
+                };
+                let of_tiles = [
+                    smallest,
+                    concat!("grouped_gemm_", $scheme, "_16"),
+                    concat!("grouped_gemm_", $scheme, "_32"),
+                    concat!("grouped_gemm_", $scheme, "_64"),
+                    concat!("grouped_gemm_", $scheme, "_128"),
+                ];
+                (object, of_tiles)
+            }};
+        }
         match self {
-            GemmScheme::Bf16 => (
-                "grouped_gemm_bf16_sm90",
-                [
-                    "grouped_gemm_bf16_8",
-                    "grouped_gemm_bf16_16",
-                    "grouped_gemm_bf16_32",
-                    "grouped_gemm_bf16_64",
-                    "grouped_gemm_bf16_128",
-                ],
-            ),
-            GemmScheme::Fp8Block => (
-                "grouped_gemm_fp8_block_sm90",
-                [
-                    "grouped_gemm_fp8_block_8",
-                    "grouped_gemm_fp8_block_16",
-                    "grouped_gemm_fp8_block_32",
-                    "grouped_gemm_fp8_block_64",
-                    "grouped_gemm_fp8_block_128",
-                ],
-            ),
-            GemmScheme::Fp8Row => (
-                "grouped_gemm_fp8_row_sm90",
-                [
-                    "grouped_gemm_fp8_row_8",
-                    "grouped_gemm_fp8_row_16",
-                    "grouped_gemm_fp8_row_32",
-                    "grouped_gemm_fp8_row_64",
-                    "grouped_gemm_fp8_row_128",
-                ],
-            ),
+            GemmScheme::Bf16 => kernels!("bf16"),
+            GemmScheme::Fp8Block => kernels!("fp8_block"),
+            GemmScheme::Fp8Row => kernels!("fp8_row"),
         }
     }
 }
@@ -108,6 +102,8 @@ impl TokenTile {
 /// A product for every expert: `[pairs of the expert, k] · [n, k]ᵀ`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GroupedGemm {
+    /// Where it runs.
+    pub arch: Arch,
     /// What is multiplied.
     pub scheme: GemmScheme,
     /// Experts, at most 256.
@@ -122,7 +118,8 @@ pub struct GroupedGemm {
     pub products: Float,
     /// Tokens of a tile.
     pub tile: TokenTile,
-    /// Multiprocessors of the device: as many blocks stay on it, an even number of the largest tile.
+    /// Multiprocessors, or compute units, of the device. As many blocks stay on sm_90a, an even number of the largest tile, and
+    /// twice as many on CDNA.
     pub compute_units: u32,
 }
 
@@ -131,7 +128,7 @@ pub struct GroupedGemm {
 pub struct GemmBuffers {
     /// As [`crate::pack`] packs them.
     pub weights: u64,
-    /// Their map, see [`crate::pack::map`]; only the largest tile reads it.
+    /// Their map, see [`crate::pack::map`]; only the largest tile of sm_90a reads it.
     pub weights_map: u64,
     /// f32: `[experts, n / 128, k bytes / 128, 2]` for blocks, `[experts, n]` in packed order for rows, nothing for bf16.
     pub weight_scales: u64,
@@ -179,7 +176,7 @@ impl GroupedGemm {
     /// # Errors
     /// [`BadLaunch`] for sizes that do not fill tiles, and for more than 256 experts.
     pub fn launch(&self, buffers: GemmBuffers) -> Result<Launch<GroupedGemmParams>, BadLaunch> {
-        let (_, kernels) = self.scheme.kernels();
+        let (_, kernels) = self.scheme.kernels(self.arch);
         let kernel = kernels[self.tile as usize];
         let narrow = |what, size| BadLaunch::narrow(kernel, what, size);
         let n = BadLaunch::multiple(kernel, "weight rows", self.n, TILE_ROWS)?;
@@ -199,14 +196,19 @@ impl GroupedGemm {
             offsets,
             out,
         } = buffers;
-        // Blocks of the largest tile go in pairs.
-        let in_pairs = self.tile == TokenTile::T128;
-        let blocks = if in_pairs { (self.compute_units & !1).max(2) } else { self.compute_units };
+        let (blocks, block, shared_bytes) = match self.arch {
+            // Blocks of the largest tile go in pairs.
+            Arch::Sm90a if self.tile == TokenTile::T128 => {
+                ((self.compute_units & !1).max(2), 384, SHARED_BYTES)
+            }
+            Arch::Sm90a => (self.compute_units, 384, SHARED_BYTES),
+            Arch::Gfx942 | Arch::Gfx950 => (2 * self.compute_units, 256, 0),
+        };
         Ok(Launch {
             kernel,
             grid: blocks,
-            block: THREADS,
-            shared_bytes: SHARED_BYTES,
+            block,
+            shared_bytes,
             params: GroupedGemmParams {
                 weights,
                 weight_scales,
@@ -248,6 +250,7 @@ mod tests {
     #[test]
     fn sizes_that_do_not_fill_tiles_are_refused() {
         let gemm = GroupedGemm {
+            arch: Arch::Sm90a,
             scheme: GemmScheme::Fp8Block,
             experts: 8,
             n: 4096,

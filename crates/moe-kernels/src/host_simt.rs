@@ -94,6 +94,30 @@ entries! {
         Sm90a moe_sm_90a_router_1024, Gfx942 moe_gfx942_router_1024, Gfx950 moe_gfx950_router_1024;
     "weighted_sum":
         Sm90a moe_sm_90a_weighted_sum, Gfx942 moe_gfx942_weighted_sum, Gfx950 moe_gfx950_weighted_sum;
+    "grouped_gemm_bf16_16":
+        Gfx942 moe_gfx942_grouped_gemm_bf16_16, Gfx950 moe_gfx950_grouped_gemm_bf16_16;
+    "grouped_gemm_bf16_32":
+        Gfx942 moe_gfx942_grouped_gemm_bf16_32, Gfx950 moe_gfx950_grouped_gemm_bf16_32;
+    "grouped_gemm_bf16_64":
+        Gfx942 moe_gfx942_grouped_gemm_bf16_64, Gfx950 moe_gfx950_grouped_gemm_bf16_64;
+    "grouped_gemm_bf16_128":
+        Gfx942 moe_gfx942_grouped_gemm_bf16_128, Gfx950 moe_gfx950_grouped_gemm_bf16_128;
+    "grouped_gemm_fp8_block_16":
+        Gfx942 moe_gfx942_grouped_gemm_fp8_block_16, Gfx950 moe_gfx950_grouped_gemm_fp8_block_16;
+    "grouped_gemm_fp8_block_32":
+        Gfx942 moe_gfx942_grouped_gemm_fp8_block_32, Gfx950 moe_gfx950_grouped_gemm_fp8_block_32;
+    "grouped_gemm_fp8_block_64":
+        Gfx942 moe_gfx942_grouped_gemm_fp8_block_64, Gfx950 moe_gfx950_grouped_gemm_fp8_block_64;
+    "grouped_gemm_fp8_block_128":
+        Gfx942 moe_gfx942_grouped_gemm_fp8_block_128, Gfx950 moe_gfx950_grouped_gemm_fp8_block_128;
+    "grouped_gemm_fp8_row_16":
+        Gfx942 moe_gfx942_grouped_gemm_fp8_row_16, Gfx950 moe_gfx950_grouped_gemm_fp8_row_16;
+    "grouped_gemm_fp8_row_32":
+        Gfx942 moe_gfx942_grouped_gemm_fp8_row_32, Gfx950 moe_gfx950_grouped_gemm_fp8_row_32;
+    "grouped_gemm_fp8_row_64":
+        Gfx942 moe_gfx942_grouped_gemm_fp8_row_64, Gfx950 moe_gfx950_grouped_gemm_fp8_row_64;
+    "grouped_gemm_fp8_row_128":
+        Gfx942 moe_gfx942_grouped_gemm_fp8_row_128, Gfx950 moe_gfx950_grouped_gemm_fp8_row_128;
     "selftest_reverse":
         Sm90a moe_sm_90a_selftest_reverse, Gfx942 moe_gfx942_selftest_reverse;
     "selftest_reverse_without_barrier":
@@ -102,6 +126,20 @@ entries! {
         Sm90a moe_sm_90a_selftest_warp_sum, Gfx942 moe_gfx942_selftest_warp_sum;
     "selftest_stuck":
         Sm90a moe_sm_90a_selftest_stuck, Gfx942 moe_gfx942_selftest_stuck;
+    "selftest_mfma_bf16_16":
+        Gfx942 moe_gfx942_selftest_mfma_bf16_16, Gfx950 moe_gfx950_selftest_mfma_bf16_16;
+    "selftest_mfma_bf16_32":
+        Gfx942 moe_gfx942_selftest_mfma_bf16_32, Gfx950 moe_gfx950_selftest_mfma_bf16_32;
+    "selftest_mfma_fp8_16":
+        Gfx942 moe_gfx942_selftest_mfma_fp8_16, Gfx950 moe_gfx950_selftest_mfma_fp8_16;
+    "selftest_mfma_fp8_32":
+        Gfx942 moe_gfx942_selftest_mfma_fp8_32, Gfx950 moe_gfx950_selftest_mfma_fp8_32;
+    "grouped_gemm_other_lanes_16":
+        Gfx942 moe_gfx942_grouped_gemm_other_lanes_16;
+    "grouped_gemm_other_lanes_32":
+        Gfx942 moe_gfx942_grouped_gemm_other_lanes_32;
+    "grouped_gemm_without_barrier_32":
+        Gfx942 moe_gfx942_grouped_gemm_without_barrier_32;
 }
 
 /// Runs `launch` as `arch` would. Addresses in its params are those of this process.

@@ -67,14 +67,14 @@ impl Kernels {
                 loaded.insert(kernel, module.kernel(kernel)?);
             }
         }
-        if arch == Arch::Sm90a {
-            for (name, kernels) in GemmScheme::ALL.map(GemmScheme::kernels) {
-                let module = runtime.load(object(arch, name)?)?;
-                for kernel in kernels {
-                    let found = module.kernel(kernel)?;
+        for (name, kernels) in GemmScheme::ALL.map(|scheme| scheme.kernels(arch)) {
+            let module = runtime.load(object(arch, name)?)?;
+            for kernel in kernels {
+                let found = module.kernel(kernel)?;
+                if arch == Arch::Sm90a {
                     found.allow_shared(SHARED_BYTES)?;
-                    loaded.insert(kernel, found);
                 }
+                loaded.insert(kernel, found);
             }
         }
         Ok(Self { device: runtime.device(), arch, loaded })
@@ -88,7 +88,7 @@ impl Kernels {
     /// Puts a run on `stream`.
     ///
     /// # Errors
-    /// Of the driver, or that this device has no such kernel: the grouped GEMMs are for Hopper so far.
+    /// Of the driver, or that this device has no such kernel.
     ///
     /// # Safety
     /// The memory that the params name is this device's, as large as the kernel takes it for, stays there until it has run, and

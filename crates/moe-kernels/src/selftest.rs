@@ -24,3 +24,8 @@ unsafe impl KernelParams for SelftestParams {}
 pub fn launch(kernel: &'static str, blocks: u32, params: SelftestParams) -> Launch<SelftestParams> {
     Launch { kernel, grid: blocks, block: THREADS, shared_bytes: 0, params }
 }
+
+/// The call of `kernel` on one wave. Its input is an operand a of each lane and an operand b of each; its output their sums, f32.
+pub fn wave(kernel: &'static str, params: SelftestParams) -> Launch<SelftestParams> {
+    Launch { kernel, grid: 1, block: 64, shared_bytes: 0, params }
+}

@@ -92,6 +92,23 @@ impl SortingLaunches {
         // SAFETY: the caller vouches for the memory.
         self.as_slice().iter().try_for_each(|launch| unsafe { kernels.launch(launch, stream) })
     }
+
+    /// Runs the launches on the CPU.
+    ///
+    /// # Errors
+    /// [`SimtError`](crate::host_simt::SimtError).
+    ///
+    /// # Safety
+    /// As for [`SortingLaunches::enqueue`], with memory of this process.
+    #[cfg(feature = "host-simt")]
+    pub unsafe fn simulate(
+        &self,
+        arch: crate::Arch,
+        schedule: crate::host_simt::Schedule,
+    ) -> Result<(), crate::host_simt::SimtError> {
+        // SAFETY: the caller vouches for the memory.
+        self.as_slice().iter().try_for_each(|launch| unsafe { crate::host_simt::run(arch, launch, schedule) })
+    }
 }
 
 /// The argument of the kernel: `MoeSortingParams` in `kernels/experts/moe_sorting.h`.

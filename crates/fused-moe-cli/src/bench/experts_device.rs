@@ -78,6 +78,7 @@ pub fn run(args: &BenchExpertsArgs, shape: &Shape, tokens: &[usize]) -> Result<(
     let mut rows = Vec::new();
     for (scheme, name) in schemes {
         let shape = ExpertsShape {
+            arch: kernels.arch(),
             scheme,
             hidden: shape.hidden,
             intermediate: shape.intermediate,
